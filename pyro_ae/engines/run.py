@@ -1,0 +1,68 @@
+"""What an engine is told about one fit: the data, and how to go about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..data import LoadedRows, Rows
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a callback sees after each evaluation.
+
+    Attributes:
+        step: optimiser steps (or draws) so far.
+        epoch: passes over the data so far.
+        metrics: the newest entry of the history.
+        history: name to the values so far.
+    """
+
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    history: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fit: its data and its circumstances; every engine is given one.
+
+    Attributes:
+        data: the rows.
+        batch_size: rows of a minibatch, or None for all.
+        plate: name of the plate that the rows sit in.
+        device: where to compute.
+        progress: whether to show a bar.
+        validation: held-out rows.
+        callbacks: called with an :class:`Event` after each evaluation; one that returns True ends the fit.
+        seed: as given to ``fit``, for the record.
+    """
+
+    data: Rows | LoadedRows
+    batch_size: int | None = None
+    plate: str | None = "data"
+    device: torch.device = torch.device("cpu")
+    progress: bool = True
+    validation: Rows | LoadedRows | None = None
+    callbacks: Iterable[Callable[[Event], Any]] = ()
+    seed: int | None = None
+
+    @property
+    def minibatched(self) -> bool:
+        return self.batch_size is not None or isinstance(self.data, LoadedRows)
+
+    def bar(self, total: int, unit: str, description: str = "") -> tqdm:
+        return tqdm(
+            total=total,
+            unit=unit,
+            desc=description,
+            disable=not self.progress,
+            dynamic_ncols=True,
+            leave=True,
+        )

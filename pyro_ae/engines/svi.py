@@ -1,0 +1,337 @@
+"""Stochastic variational inference: minimise a loss over the parameters of model and guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ..data import Call, LoadedRows, Rows
+from ..density import first_bad_site, site_terms
+from ..losses import importance
+from ..parameters import unknown_leaves
+from ..posterior import Posterior
+from ..program import Program, validation
+from ..types import Guide, Loss, Model
+from .run import Event, Run
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "linear": lambda t: 1.0 - t,
+    "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
+}
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient that is not finite; ``posterior`` holds the last good state."""
+
+    posterior: Posterior
+
+
+@dataclass(frozen=True)
+class svi:
+    """Stochastic variational inference with any loss, on minibatches or on all rows.
+
+    Losses in the history are in nats per row where the model has a plate of rows, else in nats. The first pass
+    over the data checks distributions' arguments and supports; later passes skip that to be faster.
+
+    References:
+        Stochastic Variational Inference (Hoffman et al., 2013) https://jmlr.org/papers/v14/hoffman13a.html
+
+    Arguments:
+        loss: ``(model, guide, *args, **kwargs)`` to a scalar; Pyro's ELBO objects are taken as they are.
+        lr: learning rate; 1e-3 by default, 1e-2 for an automatic guide.
+        optimizer: parameter groups to a ``torch.optim.Optimizer``, such as an optimizer class or a partial of one;
+            Pyro's optimizers are taken too. Adam by default.
+        groups: pattern of parameter names to options of that group, such as ``{"guide.*": {"lr": 1e-4}}``; the
+            first pattern that matches counts. Names begin with ``model.`` and ``guide.``.
+        schedule: factor of the learning rate as a function of the part of the run that is done, from 0 to 1; or
+            ``"constant"``, ``"linear"`` or ``"cosine"``.
+        epochs: passes over the data; 100 by default with minibatches.
+        steps: optimiser steps, in place of ``epochs``; 5000 by default without minibatches.
+        clip: largest norm of the gradient (of the loss as it stands in the history).
+        early_stopping: evaluations without an improvement that exceeds the estimate's standard error before the
+            fit ends; True for 10. Evaluations are on held-out data where ``fit`` is given some.
+
+    Raises:
+        ValueError: for values out of range, or both of ``epochs`` and ``steps``.
+        NonFiniteError: when run, for a loss or gradient that is not finite.
+
+    Example:
+        >>> svi(lr=1e-3, epochs=20).lr
+        0.001
+    """
+
+    loss: Loss = field(default_factory=importance)
+    lr: float | None = None
+    optimizer: Any = None
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    schedule: str | Callable[[float], float] = "constant"
+    epochs: int | None = None
+    steps: int | None = None
+    clip: float | None = None
+    early_stopping: bool | int = False
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        for name in ("lr", "epochs", "steps", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
+        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; known are {', '.join(SCHEDULES)}, or a function")
+
+    def __repr__(self) -> str:
+        given = {n: getattr(self, n) for n in ("lr", "epochs", "steps", "clip", "early_stopping")}
+        loss = type(self.loss).__name__ if hasattr(self.loss, "differentiable_loss") else repr(self.loss)
+        return "svi(" + ", ".join([f"loss={loss}"] + [f"{n}={v}" for n, v in given.items() if v]) + ")"
+
+    def __call__(self, model: Model, guide: Guide | None, run: Run) -> Posterior:
+        program = Program(model, guide, plate=run.plate, total=run.data.size, device=run.device)
+        first = run.data.to(run.device).first(run.batch_size)
+        program.build(first, minibatched=run.minibatched, automatic=True)
+        return _Fit(self, program, run).run()
+
+    def _optimizer(self, named: Mapping[str, Tensor], lr: float) -> torch.optim.Optimizer:
+        make = self.optimizer or partial(torch.optim.Adam, fused=True)
+        if hasattr(make, "pt_optim_constructor"):  # one of Pyro's, with its arguments
+            make = partial(make.pt_optim_constructor, **make.pt_optim_args)
+        left = dict(named)
+        groups: list[dict[str, Any]] = []
+        for pattern, options in self.groups.items():
+            members = [left.pop(n) for n in list(left) if fnmatch(n, pattern)]
+            if not members:
+                raise ValueError(f"no parameter matches {pattern!r}; there are {', '.join(named)}")
+            groups.append({"params": members, **options})
+        if left:
+            groups.append({"params": list(left.values())})
+        if self.lr is None and self.optimizer is not None:
+            return make(groups)
+        return make(groups, lr=lr)
+
+
+class _Score(NamedTuple):
+    """An evaluation: values of independent batches, and their weights."""
+
+    values: Tensor
+    weights: Tensor
+    paired: bool
+
+    @property
+    def mean(self) -> float:
+        return float((self.values * self.weights).sum() / self.weights.sum())
+
+    def improves(self, best: _Score | None) -> bool:
+        """Whether it is lower than the best by more than the standard error of the difference."""
+        if best is None:
+            return True
+        if self.paired and self.values.shape == best.values.shape:
+            # same batches, same noise: the difference has far less noise than either
+            error = _standard_error(best.values - self.values)
+        else:
+            error = math.hypot(_standard_error(self.values), _standard_error(best.values))
+        return best.mean - self.mean > error
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+class _Fit:
+    """One run of svi."""
+
+    def __init__(self, config: svi, program: Program, run: Run) -> None:
+        self.config, self.program, self.circumstances = config, program, run
+        loss = config.loss
+        self.loss: Loss = loss.differentiable_loss if hasattr(loss, "differentiable_loss") else loss
+        self.lr = config.lr or (1e-2 if program.automatic_guide else 1e-3)
+        self.schedule = SCHEDULES[config.schedule] if isinstance(config.schedule, str) else config.schedule
+        self.named = program.parameters.trainable()
+        if not self.named:
+            raise ValueError("neither the model nor the guide has a parameter to train")
+        self.optimizer = config._optimizer(self.named, self.lr)
+        self.base_lrs = [g["lr"] for g in self.optimizer.param_groups]
+        data, size = run.data, run.batch_size
+        if isinstance(data, LoadedRows):
+            self.per_epoch = len(data.loader)
+        else:
+            self.per_epoch = 1 if size is None else math.ceil(data.need_size() / size)
+        if config.steps is None and (config.epochs is not None or run.minibatched):
+            self.total = (config.epochs or 100) * self.per_epoch
+        else:
+            self.total = config.steps or 5000
+        self.interval = self.per_epoch if run.minibatched else max(1, self.total // 100)
+        self.patience = 10 if config.early_stopping is True else int(config.early_stopping)
+        self.history: dict[str, list[float]] = {}
+        self.step = self.epoch = 0
+
+    def run(self) -> Posterior:
+        resident = self._resident()
+        interrupted = False
+        best: _Score | None = None
+        reference: _Score | None = None
+        best_state = None
+        stale = 0
+        losses: list[float] = []
+        with (
+            self.program.active(train=True),
+            self.circumstances.bar(self.total, "step", "svi") as bar,
+        ):
+            try:
+                while self.step < self.total:
+                    with validation(self.epoch == 0):
+                        for batch in resident.batches(self.circumstances.batch_size, device=self.program.device):
+                            losses.append(self._update(batch))
+                            self.step += 1
+                            bar.update()
+                            if self.step >= self.total:
+                                break
+                    self.epoch += 1
+                    if self.step % self.interval and self.step < self.total:
+                        continue
+                    score = self._validate() or _Score(torch.tensor(losses), torch.ones(len(losses)), False)
+                    self._record(losses, score, batch)
+                    losses = []
+                    if self.circumstances.progress:
+                        bar.set_postfix(_brief(self.history), refresh=False)
+                    if score.paired and (best is None or score.mean < best.mean):
+                        best, best_state = score, self.program.parameters.state()
+                    if score.improves(reference):
+                        reference, stale = score, 0
+                    else:
+                        stale += 1
+                    if self._told_to_stop() or (self.patience and stale >= self.patience):
+                        break
+            except KeyboardInterrupt:
+                interrupted = True
+            if best_state is not None:
+                self.program.parameters.load(best_state)
+        return self._posterior(interrupted)
+
+    def _posterior(self, interrupted: bool = False) -> Posterior:
+        return Posterior(
+            self.program,
+            data=self.circumstances.data,
+            method=repr(self.config),
+            history=self.history,
+            interrupted=interrupted,
+            batch_size=self.circumstances.batch_size,
+        )
+
+    def _resident(self) -> Rows | LoadedRows:
+        """The data on the device where it takes less than half of what is free, else batch by batch."""
+        data, device = self.circumstances.data, self.program.device
+        if isinstance(data, Rows) and device.type == "cuda" and data.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+            return data
+        return data.to(device)
+
+    def _update(self, batch: Call) -> float:
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * self.schedule(self.step / self.total)
+        program = self.program
+        loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs) / program.rows
+        if self.step == 0:
+            self._check_leaves(loss)
+        value = loss.item()
+        if not math.isfinite(value):
+            self._fail(f"the loss is {value}", batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if program.parameters.store_size() != getattr(self, "_store_size", None):
+            self._adopt()
+        gradients = {n: p.grad for n, p in self.named.items() if p.grad is not None}
+        norm = get_total_norm(list(gradients.values()))
+        if not math.isfinite(norm.item()):
+            names = [n for n, g in gradients.items() if not torch.isfinite(g).all()]
+            self._fail(f"the gradient of {', '.join(map(repr, names[:4]))} is not finite", batch)
+        if self.config.clip is not None:
+            clip_grads_with_norm_(list(self.named.values()), self.config.clip, norm)
+        self.optimizer.step()
+        return value
+
+    def _adopt(self) -> None:
+        """Train parameters too that a program made only now."""
+        now = self.program.parameters.trainable()
+        new = [p for n, p in now.items() if n not in self.named]
+        if new:
+            self.optimizer.add_param_group({"params": new})
+            self.base_lrs.append(self.lr)
+        self.named = now
+        self._store_size = self.program.parameters.store_size()
+
+    def _check_leaves(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on any parameter of the model or guide")
+        unknown = unknown_leaves(loss, self.program.parameters.named())
+        if unknown:
+            shapes = ", ".join(str(tuple(t.shape)) for t in unknown[:4])
+            raise ValueError(
+                f"the loss depends on {len(unknown)} tensors that require a gradient (of shape {shapes}) but belong "
+                "to no module or param that fit can see, so they would never be trained. Register their network with "
+                "pyro.module('net', net) in the model or guide, make it a part of a torch.nn.Module, or freeze it "
+                "with net.requires_grad_(False)"
+            )
+
+    def _fail(self, what: str, batch: Call) -> None:
+        site = first_bad_site(self.program.model, self.program.guide, batch)
+        error = NonFiniteError(
+            f"{what} at step {self.step} (epoch {self.epoch}, batch {self.step % self.per_epoch})"
+            + (f"; the first bad site is {site}" if site else "; no site is bad by itself")
+            + ". The last good state is kept in the model and guide, and as the error's .posterior. Try a smaller lr, "
+            "clip=, or a look at that site's distribution"
+        )
+        error.posterior = self._posterior()
+        raise error
+
+    def _validate(self) -> _Score | None:
+        held = self.circumstances.validation
+        if held is None:
+            return None
+        device, program = self.program.device, self.program
+        size = self.circumstances.batch_size
+        if isinstance(held, Rows):
+            # several batches even of a small set: the spread between them is the estimate's noise
+            size = max(1, min(size or held.need_size(), math.ceil(held.need_size() / 8)))
+        values, weights = [], []
+        devices = [device] if device.type == "cuda" else []
+        with (
+            torch.no_grad(),
+            program.parameters.mode(train=False),
+            validation(False),
+            torch.random.fork_rng(devices=devices),
+        ):
+            torch.manual_seed(0)  # the same noise each time, so that differences are those of the parameters
+            for batch in held.batches(size, shuffle=False, device=device):
+                rows = next(t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.dim())
+                loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
+                values.append(loss.item() / program.rows)
+                weights.append(float(rows.shape[0]))
+        return _Score(torch.tensor(values), torch.tensor(weights), True)
+
+    def _record(self, losses: list[float], score: _Score, batch: Call) -> None:
+        metrics = {"step": self.step, "epoch": self.epoch, "loss": sum(losses) / len(losses)}
+        if score.paired:
+            metrics["validation"] = score.mean
+        if not any(s.enumerated for s in self.program.layout.model.values()):
+            with self.program.parameters.mode(train=False), torch.random.fork_rng(devices=()):
+                terms = site_terms(self.program.model, self.program.guide, batch)  # type: ignore[arg-type]
+            metrics |= {name: value / self.program.rows for name, value in terms.items()}
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append(value)
+
+    def _told_to_stop(self) -> bool:
+        metrics = {n: v[-1] for n, v in self.history.items()}
+        event = Event(self.step, self.epoch, metrics, self.history)
+        return any([callback(event) is True for callback in self.circumstances.callbacks])
+
+
+def _brief(history: Mapping[str, list[float]]) -> dict[str, str]:
+    return {n: f"{history[n][-1]:.4g}" for n in ("loss", "validation") if n in history}

@@ -1,0 +1,140 @@
+"""One function from a model and data to a posterior, whatever the method."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+
+from .data import LoadedRows, as_rows
+from .engines.nuts import nuts
+from .engines.run import Event, Run
+from .engines.svi import svi
+from .posterior import Posterior
+from .types import Engine, Guide, Model, Recipe
+
+METHODS: dict[str, Callable[[], Engine]] = {"svi": svi, "nuts": nuts}
+
+
+def fit(
+    model: Model | Recipe,
+    data: Any,
+    *,
+    guide: Guide | None = None,
+    method: str | Engine = "svi",
+    batch_size: int | None = None,
+    plate: str | None = "data",
+    device: str | torch.device = "auto",
+    seed: int | None = None,
+    progress: bool = True,
+    validation: Any = None,
+    callbacks: Iterable[Callable[[Event], Any]] = (),
+) -> Posterior:
+    """Fit a Pyro model to data by any method, and get its posterior.
+
+    The model is any Pyro function. Rows in its plate named ``plate`` are scaled to the whole data set where
+    minibatches are used, so the model itself need not know N. Modules behind the model and the guide are trained in
+    place; ``pyro.param`` values live in a store that is this fit's own (see ``Posterior.params``).
+
+    Arguments:
+        model: a callable with Pyro sites, or a ``Recipe`` of model, guide and method.
+        data: a tensor, array, data frame or labelled array ``[N, ...]`` for ``model(x)``; a tuple for
+            ``model(*data)``; a dict for ``model(**data)``; a ``DataLoader`` of any of these; None for ``model()``.
+            Entries without rows, such as numbers and strings, pass through unchanged. NaN is a missing value.
+        guide: samples the latents, with the model's arguments. Without one svi makes a mean-field guide for latents
+            outside the plate. Samplers do without.
+        method: ``"svi"`` or ``"nuts"`` with their defaults, or a configured engine such as ``svi(epochs=20)``.
+        batch_size: rows of a minibatch; all rows at once by default.
+        plate: name of the plate of the rows.
+        device: ``"auto"`` for a GPU where there is one, or a torch device. Modules are moved there.
+        seed: makes the fit repeatable, and leaves the global random states as they were.
+        progress: whether to show a progress bar.
+        validation: held-out data in the form of ``data``, or the fraction of rows to hold out.
+        callbacks: functions of an ``Event``, called after each evaluation; one that returns True ends the fit.
+
+    Raises:
+        ValueError: for a mistake in the model, the guide or the data; it names the site and the cure.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> posterior = fit(model, torch.randn(50) + 3.0, method=svi(steps=500), seed=0, progress=False)
+        >>> 2.5 < posterior.sample(100)["mu"].mean() < 3.5
+        tensor(True)
+    """
+    if isinstance(model, Recipe):
+        model, recipe_guide, recipe_method = model
+        guide = guide or recipe_guide
+        method = recipe_method if method == "svi" else method
+    if not callable(model):
+        raise ValueError(f"the model must be a function with Pyro sites, got {type(model).__name__}")
+    engine = _engine(method)
+    with seeded(seed):
+        rows = as_rows(data)
+        rows.check_batch_size(batch_size)
+        held = None
+        if isinstance(validation, float) and isinstance(rows, LoadedRows):
+            raise ValueError("a DataLoader cannot be split: pass the held-out data as validation=...")
+        if isinstance(validation, float):
+            rows, held = rows.split(validation)  # type: ignore[union-attr]
+            rows.check_batch_size(batch_size)
+        elif validation is not None:
+            held = as_rows(validation)
+        run = Run(
+            data=rows,
+            batch_size=batch_size,
+            plate=plate,
+            device=_device(device),
+            progress=progress,
+            validation=held,
+            callbacks=tuple(callbacks),
+            seed=seed,
+        )
+        return engine(model, guide, run)
+
+
+def _engine(method: str | Engine) -> Engine:
+    if not isinstance(method, str):
+        if not callable(method):
+            raise ValueError(f"method must be a name or an engine such as svi(), got {type(method).__name__}")
+        return method
+    if method not in METHODS:
+        close = get_close_matches(method, METHODS, 1)
+        raise ValueError(
+            f"unknown method {method!r}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+            + f" Known are {', '.join(map(repr, METHODS))}, or an engine such as svi(lr=1e-3)"
+        )
+    return METHODS[method]()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device(device)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch, NumPy and random, and put their states back afterwards; do nothing without a seed."""
+    if seed is None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -1,0 +1,544 @@
+"""The one result of every fit: draws, predictions, evidence, and its way to ArviZ and to disk."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .data import Call, LoadedRows, Rows, as_rows
+from .density import (
+    Layout,
+    Recorder,
+    gather,
+    inspect_sites,
+    refuse_shared,
+    run_particles,
+    weigh,
+)
+from .program import Program, validation
+from .types import Draws, Guide, Model
+
+if TYPE_CHECKING:
+    from .diagnostics.report import Report
+
+CHUNK = 2**24
+"""Elements of the largest site that are worked on at once (64 MiB in float32)."""
+
+
+class Posterior:
+    """What a fit found: a guide with its learnt parameters, or the draws of chains. Both are used alike.
+
+    Attributes:
+        model: the model function.
+        guide: the guide, or None where a sampler made the draws.
+        draws: site to draws ``[chains, draws, *shape]`` of a sampler, or None.
+        stats: name to ``[chains, draws]`` of what the sampler recorded, in ArviZ's names.
+        history: name to values over the fit, such as ``loss``, ``validation`` and each site's share.
+        method: the engine, as text.
+        interrupted: whether the fit was stopped by hand.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        data: Rows | LoadedRows | None,
+        method: str,
+        history: Mapping[str, list[float]] | None = None,
+        draws: Mapping[str, Tensor] | None = None,
+        stats: Mapping[str, Tensor] | None = None,
+        interrupted: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        self.program = program
+        self.data = data
+        self.method = method
+        self.history = {n: list(v) for n, v in (history or {}).items()}
+        self.draws = None if draws is None else dict(draws)
+        self.stats = dict(stats or {})
+        self.interrupted = interrupted
+        self.batch_size = batch_size
+
+    @property
+    def model(self) -> Model:
+        return self.program.model.fn
+
+    @property
+    def guide(self) -> Guide | None:
+        return None if self.program.guide is None else self.program.guide.fn
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Learnt ``pyro.param`` values that belong to no module, as the program sees them."""
+        return self.program.parameters.constrained()
+
+    @property
+    def local(self) -> list[str]:
+        """Names of the latents that each row has for itself."""
+        return self.program.layout.local(self.program.plate)
+
+    # -- draws ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, draws: int | None = None, data: Any = None) -> dict[str, Tensor]:
+        """Draws of the latent sites.
+
+        Arguments:
+            draws: how many; 1000 from a guide and all there are from chains by default. Fewer than there are, are
+                taken evenly from all chains.
+            data: rows to condition on; those of the fit by default.
+
+        Returns:
+            Site to ``[draws, *shape]``.
+
+        Raises:
+            ValueError: for more draws than the chains hold; where new rows have latents that no chain drew.
+
+        Example:
+            >>> from pyro_ae import fit
+            >>> from pyro_ae.models import ppca
+            >>> model, guide, x = ppca.example()
+            >>> posterior = fit(model, x, guide=guide, seed=0, progress=False)
+            >>> posterior.sample(5)["z"].shape
+            torch.Size([5, 16, 2])
+        """
+        if draws is not None and draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        if self.draws is not None:
+            if data is not None and self.local:
+                raise ValueError(
+                    f"chains hold draws of {', '.join(map(repr, self.local))} for the rows of the fit only: fit the "
+                    "new rows, or use a guide"
+                )
+            flat = {n: v.flatten(0, 1) for n, v in self.draws.items()}
+            held = len(next(iter(flat.values())))
+            if draws is None or draws == held:
+                return flat
+            if draws > held:
+                raise ValueError(f"the chains hold {held} draws, fewer than {draws}: fit with nuts(draws=...) of more")
+            index = torch.linspace(0, held - 1, draws).round().long()
+            return {n: v[index] for n, v in flat.items()}
+        return self._draw(draws or 1000, self._rows(data).call())
+
+    def _draw(self, draws: int, batch: Call) -> dict[str, Tensor]:
+        assert self.program.guide is not None
+        with self._running():
+            layout = inspect_sites(self.program.model, self.program.guide, batch)
+            names = layout.names("latent")
+            guide = self.program.guide
+            return _chunked(
+                draws,
+                layout,
+                lambda k, _: gather(
+                    run_particles(guide, batch, k, layout, layout.guide),
+                    names,
+                    layout.guide,
+                    k,
+                    lambda s: s["value"],
+                ),
+            )
+
+    def _replay(
+        self,
+        values: Draws,
+        batch: Call,
+        read: Callable[[Layout, list[Recorder], int], dict[str, Tensor]],
+        *,
+        generate: bool = False,
+    ) -> dict[str, Tensor]:
+        """Run the model at draws of its latents, and read sites from the runs."""
+        particles = len(next(iter(values.values()))) if values else 1
+        with self._running():
+            layout = inspect_sites(self.program.model, None, batch)
+
+            def part(k: int, start: int) -> dict[str, Tensor]:
+                some = {n: v[start : start + k].to(self.program.device) for n, v in values.items()}
+                runs = run_particles(self.program.model, batch, k, layout, layout.model, some, generate=generate)
+                return read(layout, runs, k)
+
+            return _chunked(particles, layout, part)
+
+    @torch.no_grad()
+    def predict(self, data: Any = None, draws: int = 100, *, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Draws from the posterior predictive distribution of the observed and deterministic sites.
+
+        Arguments:
+            data: as for ``fit``; what stands for the observed values is not looked at by the model, though a guide
+                sees it. A model that makes room for it may be given None there. The rows of the fit by default.
+            draws: how many.
+            sites: names; all by default.
+
+        Returns:
+            Site to ``[draws, *shape]``.
+
+        Raises:
+            ValueError: for an unknown site.
+        """
+        batch = self._rows(data).call()
+        values = self.sample(self._at_most(draws), data)
+
+        def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+            known = [*runs[0].generated, *layout.names("deterministic")]
+            names = known if sites is None else list(sites)
+            unknown = [n for n in names if n not in known]
+            if unknown:
+                raise ValueError(f"no site {unknown[0]!r} to predict; there are {', '.join(map(repr, known))}")
+            return gather(runs, names, layout.model, k, lambda s: s["value"])
+
+        return self._replay(values, batch, read, generate=True)
+
+    @torch.no_grad()
+    def log_likelihood(self, data: Any = None, draws: int | None = None) -> dict[str, Tensor]:
+        """The log-density of each observed site at draws of the latents.
+
+        Arguments:
+            data: rows; those of the fit by default.
+            draws: how many.
+
+        Returns:
+            Site to ``[draws, *batch]`` in nats, without any minibatch scale.
+        """
+        return self.log_likelihood_at(self.sample(draws, data), self._rows(data).call())
+
+    def log_likelihood_at(self, values: Draws, batch: Call) -> dict[str, Tensor]:
+        """As :meth:`log_likelihood`, at given draws ``[draws, *shape]``."""
+
+        def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+            out = {}
+            for name in layout.names("observed"):
+                shape = layout.model[name].batch
+                terms = [pointwise(r.sites[name]) for r in runs]
+                out[name] = torch.stack(terms) if len(runs) > 1 else _fit_shape(terms[0], k, shape)
+            return out
+
+        with torch.no_grad():
+            return self._replay(values, batch, read)
+
+    @torch.no_grad()
+    def log_evidence(self, data: Any = None, particles: int = 1000) -> Tensor:
+        r"""A lower bound on log p(x) from importance sampling with the guide, which tightens with more particles.
+
+        .. math:: \log \frac{1}{K} \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}
+
+        Arguments:
+            data: rows; those of the fit by default.
+            particles: K.
+
+        Returns:
+            ``[N]`` in nats, one for each row; or a scalar where a latent ties the rows together.
+
+        Raises:
+            ValueError: for a posterior of chains, which has no guide to draw from.
+        """
+        if particles < 1:
+            raise ValueError(f"particles must be at least 1, got {particles}")
+        if self.program.guide is None:
+            raise ValueError("log_evidence draws from a guide, and chains have none: fit with svi")
+        model, guide = self.program.model.fn, self.program.guide.fn
+        parts = []
+        with self._running():
+            for batch, layout in self._row_chunks(data, particles):
+                chunk = max(1, min(particles, CHUNK // _largest(layout)))
+                total = None
+                for start in range(0, particles, chunk):
+                    weights = weigh(model, guide, batch, min(chunk, particles - start), layout=layout)
+                    refuse_shared(weights, "log_evidence")
+                    part = weights.log_weights.logsumexp(0)
+                    total = part if total is None else torch.logaddexp(total, part)
+                assert total is not None
+                parts.append((total - math.log(particles)).cpu())
+        return torch.cat(parts) if parts[0].dim() else parts[0]
+
+    # -- local latents -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, data: Any = None, draws: int = 100) -> Tensor | dict[str, Tensor]:
+        """The posterior mean of each row's latents.
+
+        It is the mean of the guide's distribution where the guide has one site, else an average over draws.
+
+        Arguments:
+            data: rows; those of the fit by default.
+            draws: to average over where there is no closed form.
+
+        Returns:
+            ``[N, *event]`` on the CPU, or a dict of them where rows have several latent sites.
+
+        Raises:
+            ValueError: where the model has no latent for each row, or was fitted by a sampler and is given new rows.
+        """
+        self._need_local("encode")
+        if self.draws is not None or self.program.guide is None:
+            values = self.sample(None, data)
+            return _one({n: values[n].mean(0) for n in self.local})
+        guide = self.program.guide
+        parts: list[dict[str, Tensor]] = []
+        with self._running():
+            for batch, layout in self._row_chunks(data, 1):
+                with Recorder() as r:
+                    guide(*batch.args, **batch.kwargs)
+                names = layout.local(self.program.plate)
+                mean = _mean(r.sites[names[0]]) if [s.kind for s in layout.guide.values()] == ["latent"] else None
+                if mean is not None:
+                    parts.append({names[0]: mean.cpu()})
+                else:
+                    values = self._draw(draws, batch)
+                    parts.append({n: values[n].mean(0).cpu() for n in names})
+        return _one({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
+
+    @torch.no_grad()
+    def reconstruct(self, data: Any = None, draws: int = 10) -> Tensor | dict[str, Tensor]:
+        """The mean of the likelihood, averaged over draws of the latents given each row.
+
+        Arguments:
+            data: rows; those of the fit by default.
+            draws: to average over.
+
+        Returns:
+            ``[N, *event]`` on the CPU, or a dict of them where the model observes several sites.
+
+        Raises:
+            ValueError: where the model has no latent for each row.
+        """
+        self._need_local("reconstruct")
+        parts = []
+        if self.draws is not None:
+            batch = self._rows(data).call()
+            parts.append(self._means(self.sample(self._at_most(draws), data), batch))
+        else:
+            for batch, _ in self._row_chunks(data, draws):
+                parts.append(self._means(self._draw(draws, batch), batch))
+        return _one({n: torch.cat([p[n].mean(0).cpu() for p in parts]) for n in parts[0]})
+
+    def _means(self, values: Draws, batch: Call) -> dict[str, Tensor]:
+        def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+            return gather(runs, layout.names("observed"), layout.model, k, _mean_or_value)
+
+        return self._replay(values, batch, read)
+
+    @torch.no_grad()
+    def generate(self, n: int, *, mean: bool = False) -> Tensor | dict[str, Tensor]:
+        """New rows: latents of a row from the prior, shared latents from the posterior, then the likelihood.
+
+        Arguments:
+            n: how many rows.
+            mean: whether to give the likelihood's mean in place of a draw from it.
+
+        Returns:
+            ``[n, *event]`` on the CPU, or a dict of them where the model observes several sites. A model that does
+            not take ``size`` is run on rows of the fit, of which it can only see what it does not observe.
+
+        Raises:
+            ValueError: for n below 1, or without data for a model that needs it.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        shared = [s for s in self.program.layout.names("latent") if s not in self.local]
+        values = self.sample(self._at_most(n)) if shared else {}
+        values = {s: v.repeat(-(-n // len(v)), *(1,) * (v.dim() - 1))[:n] for s, v in values.items() if s in shared}
+        rows = 1 if shared else n
+        batch = self._blank(rows)
+
+        def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+            names = runs[0].generated or layout.names("latent")
+            names = [m for m in names if m not in self.program.layout.names("latent")]
+            return gather(runs, names, layout.model, k, _mean_or_value if mean else lambda s: s["value"])
+
+        out = self._replay(values, batch, read, generate=True)
+        return _one({s: (v.flatten(0, 1) if shared or v.shape[0] == 1 else v).cpu() for s, v in out.items()})
+
+    # -- ArviZ, report, disk -------------------------------------------------------------------------------
+
+    def to_arviz(self, draws: int | None = None, *, data: Any = None, groups: Iterable[str] | None = None) -> Any:
+        """The posterior as ArviZ's ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x).
+
+        See :func:`pyro_ae.diagnostics.conversion.to_arviz` for the groups and their sizes.
+
+        Arguments:
+            draws: from a guide, 1000 by default; chains give all they hold.
+            data: rows; those of the fit by default.
+            groups: names of the groups to make; all by default.
+        """
+        from .diagnostics.conversion import to_arviz
+
+        return to_arviz(self, draws, data=data, groups=groups)
+
+    def report(self, data: Any = None) -> Report:
+        """Whether this posterior can be trusted, and why.
+
+        See :func:`pyro_ae.diagnostics.report.report`.
+
+        Arguments:
+            data: rows; those of the fit by default.
+        """
+        from .diagnostics.report import report
+
+        return report(self, data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the posterior to a folder: safetensors, netCDF and JSON, nothing pickled, and not the data.
+
+        Arguments:
+            path: folder, made where it is not there.
+
+        Raises:
+            ValueError: where the folder cannot be written.
+        """
+        from .storage import save
+
+        return save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model, guide: Guide | None = None, *, data: Any = None) -> Posterior:
+        """Read a posterior that :meth:`save` wrote, into a model and guide of the same make.
+
+        Arguments:
+            path: folder.
+            model: the model function; the parameters of its modules are overwritten.
+            guide: the guide; not needed where ``fit`` made it, or a sampler the draws.
+            data: rows for what needs them; they are not on disk.
+
+        Raises:
+            ValueError: where the files are not such a posterior, are damaged, or do not match the model; it says where.
+        """
+        from .storage import load
+
+        return load(Path(path), model, guide, data=data)
+
+    def __repr__(self) -> str:
+        name = type(getattr(self.model, "__self__", self.model)).__name__
+        name = getattr(self.model, "__name__", name) if name == "function" else name
+        parts = [f"Posterior of {name} by {self.method}"]
+        if self.data is not None:
+            parts.append(f"data: {self.data!r}")
+        parts.append("latents: " + (", ".join(map(self._latent, self.program.layout.names("latent"))) or "none"))
+        if self.draws is not None:
+            parts.append(_chains_line(self))
+        elif "loss" in self.history:
+            last = {n: v[-1] for n, v in self.history.items() if n in ("loss", "validation")}
+            steps = int(self.history["step"][-1])
+            if "validation" in self.history:
+                last["validation"] = min(self.history["validation"])
+            unit = "nats per row" if self.program.rows > 1 else "nats"
+            parts.append(f"{steps} steps; " + ", ".join(f"{n} {v:.4g}" for n, v in last.items()) + f" {unit}")
+        if self.interrupted:
+            parts.append("interrupted by hand")
+        return "\n  ".join(parts)
+
+    def _latent(self, name: str) -> str:
+        site = self.program.layout.model[name]
+        if name in self.local:
+            return f"{name} {list(site.shape[len(site.batch) :])} for each row"
+        return f"{name} {list(site.shape)}"
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self.program.active(), validation(False):
+            yield
+
+    def _rows(self, data: Any) -> Rows | LoadedRows:
+        rows = self.data if data is None else as_rows(data)
+        if rows is None:
+            raise ValueError("the posterior was loaded without data: pass data=...")
+        return rows.to(self.program.device)
+
+    def _row_chunks(self, data: Any, particles: int) -> Iterable[tuple[Call, Layout]]:
+        """Calls on rows few enough to be worked on at once; all of them where latents tie them together."""
+        rows = self._rows(data)
+        model, guide = self.program.model, self.program.guide
+        if isinstance(rows, Rows) and (rows.size is None or self._tied()):
+            batch = rows.call()
+            yield batch, inspect_sites(model, guide, batch)
+            return
+        if isinstance(rows, Rows):
+            assert rows.size is not None
+            one = inspect_sites(model, guide, rows.take(slice(0, 1)).call())
+            size = max(1, min(rows.size, CHUNK // (_largest(one) * min(particles, 64))))
+        else:
+            size = None
+        for batch in rows.batches(size, shuffle=False, device=self.program.device):
+            yield batch, inspect_sites(model, guide, batch)
+
+    def _tied(self) -> bool:
+        plate = self.program.plate
+        sites = [s for s in self.program.layout.model.values() if s.kind in ("latent", "observed")]
+        return not all(any(p[0] == plate for p in s.plates) for s in sites)
+
+    def _blank(self, rows: int) -> Call:
+        """A call that generates ``rows`` rows."""
+        if "size" in inspect.signature(self.model).parameters:
+            return Call((), {"size": rows})
+        data = self._rows(None)
+        if isinstance(data, LoadedRows):
+            return data.first()
+        return data.call() if data.size is None else data.take(torch.arange(rows) % data.size).call()
+
+    def _need_local(self, what: str) -> None:
+        if not self.local:
+            shared = ", ".join(map(repr, self.program.layout.names("latent"))) or "none"
+            raise ValueError(
+                f"{what} is for models with a latent for each row, inside plate '{self.program.plate}'; this one has "
+                f"{shared} outside it. See sample and predict"
+            )
+
+    def _at_most(self, draws: int) -> int:
+        if self.draws is None:
+            return draws
+        first = next(iter(self.draws.values()))
+        return min(draws, first.shape[0] * first.shape[1])
+
+
+def pointwise(site: dict) -> Tensor:
+    """The log-density of a recorded site with its mask, without any scale."""
+    log_prob = site["fn"].log_prob(site["value"])
+    return log_prob if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), log_prob, 0.0)
+
+
+def _fit_shape(value: Tensor, particles: int, shape: torch.Size) -> Tensor:
+    wanted = torch.Size((particles, *shape))
+    return value.expand(wanted) if value.numel() != wanted.numel() else value.reshape(wanted)
+
+
+def _mean(site: dict) -> Tensor | None:
+    try:
+        mean = site["fn"].mean
+    except (NotImplementedError, AttributeError):
+        return None
+    return mean if torch.isfinite(mean).all() else None
+
+
+def _mean_or_value(site: dict) -> Tensor:
+    mean = _mean(site)
+    return site["value"] if mean is None else mean
+
+
+def _largest(layout: Layout) -> int:
+    return max([1, *(s.shape.numel() for s in (*layout.model.values(), *layout.guide.values()))])
+
+
+def _chunked(draws: int, layout: Layout, part: Callable[[int, int], dict[str, Tensor]]) -> dict[str, Tensor]:
+    size = max(1, CHUNK // _largest(layout))
+    parts = [part(min(size, draws - start), start) for start in range(0, draws, size)]
+    return {n: torch.cat([p[n].cpu() for p in parts]) for n in parts[0]}
+
+
+def _one(values: dict[str, Tensor]) -> Any:
+    return next(iter(values.values())) if len(values) == 1 else values
+
+
+def _chains_line(posterior: Posterior) -> str:
+    assert posterior.draws is not None
+    chains, draws = next(iter(posterior.draws.values())).shape[:2]
+    line = f"{chains} chains of {draws} draws"
+    if "diverging" in posterior.stats:
+        line += f", {int(posterior.stats['diverging'].sum())} divergences"
+    return line

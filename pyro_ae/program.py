@@ -1,0 +1,141 @@
+"""A model and its guide, ready to run: their parameters, their layout and the scale of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from .density import Layout, inspect_sites
+from .parameters import Parameters
+from .plates import Scaled
+from .types import Guide, Model
+
+
+class Program:
+    """A model and a guide under one param store, with the row plate scaled to N.
+
+    Arguments:
+        model: a callable with Pyro sites.
+        guide: samples the model's latents, or None where a sampler does.
+        plate: name of the plate of the rows.
+        total: N, or None where there are no rows.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Guide | None,
+        *,
+        plate: str | None = "data",
+        total: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.plate = plate
+        self.total = total
+        self.device = torch.device(device)
+        self.automatic_guide = False
+        self._set(model, guide)
+
+    def _set(self, model: Model, guide: Guide | None) -> None:
+        self.parameters = Parameters(model, guide)
+        self.model = Scaled(model, self.plate, self.total)
+        self.guide = None if guide is None else Scaled(guide, self.plate, self.total)
+
+    @property
+    def layout(self) -> Layout:
+        assert self.model.layout is not None, "build the program first"
+        return self.model.layout
+
+    @contextmanager
+    def active(self, *, train: bool = False) -> Iterator[None]:
+        """Run in the program's own param store, on its device, in training or evaluation mode."""
+        with self.parameters.scope(), self.parameters.mode(train):
+            if self.device.type == "cpu":
+                yield
+            else:
+                with self.device:
+                    yield
+
+    def build(self, batch: Any, *, minibatched: bool = False, automatic: bool = False) -> None:
+        """Run once to see the sites, and build what Pyro builds lazily.
+
+        Arguments:
+            batch: a call of the model.
+            minibatched: whether batches are subsamples, for which the model needs the plate.
+            automatic: whether to make a mean-field guide where there is none.
+
+        Raises:
+            ValueError: where guide and model do not fit, or the plate is not there.
+        """
+        self.parameters.to(self.device)
+        with self.active(train=True):
+            if self.guide is None and automatic:
+                self._automatic_guide(batch)
+            try:
+                layout = inspect_sites(self.model, self.guide, batch)
+            except (ValueError, RuntimeError) as error:
+                if minibatched:
+                    error.add_note(
+                        f"This was a minibatch of the {self.total} rows: the model must take the size of plate "
+                        f"'{self.plate}' from the batch that it is given."
+                    )
+                raise
+            self.parameters.to(self.device)
+        if minibatched and self.plate not in layout.plates:
+            known = ", ".join(map(repr, layout.plates)) or "none"
+            raise ValueError(
+                f"minibatches need the model's rows in a plate '{self.plate}'; the model's plates are: {known}. "
+                "Name yours with fit(..., plate=...), or write `with batch_plate(x):` around the rows"
+            )
+        self.model.layout = layout
+        if self.guide is not None:
+            self.guide.layout = layout
+
+    def _automatic_guide(self, batch: Any) -> None:
+        layout = inspect_sites(self.model, None, batch)
+        local = layout.local(self.plate)
+        if local:
+            latents = ", ".join(f"'{n}'" for n in local)
+            site = layout.model[local[0]]
+            sizes = site.shape[len(site.batch) :].numel()
+            raise ValueError(
+                f"the model has a latent for each row ({latents}, in plate '{self.plate}'), which needs a guide that "
+                "is a function of the rows. Write\n"
+                f"    guide = Amortized(MLP(inputs, [200, 200]), MeanField(200, {sizes}), site='{local[0]}')\n"
+                "with MLP from pyro_ae.nn, Amortized from pyro_ae.guides.amortized and MeanField from "
+                "pyro_ae.guides.mean_field; or, without minibatches, pass a guide of Pyro such as AutoNormal(model)"
+            )
+        discrete = [n for n in layout.names("latent") if getattr(layout.model[n].support, "is_discrete", False)]
+        if discrete:
+            raise ValueError(
+                f"the latents {', '.join(map(repr, discrete))} are discrete and have no automatic guide: enumerate "
+                "them (pyro.infer.config_enumerate with svi(loss=TraceEnum_ELBO())) or write a guide"
+            )
+        if not layout.names("latent"):
+            raise ValueError(
+                "the model has no latent site; for maximum likelihood pass a guide that does nothing: "
+                "guide=lambda *args, **kwargs: None"
+            )
+        self._set(self.model.fn, AutoNormal(self.model.fn))
+        self.automatic_guide = True
+
+    @property
+    def rows(self) -> int:
+        """N where the model has the plate of the rows, else 1: what losses are divided by to be per row."""
+        return self.total if self.total and self.plate in self.layout.plates else 1
+
+
+@contextmanager
+def validation(on: bool) -> Iterator[None]:
+    """Check distributions' arguments and supports where ``on``, unless the user switched that off."""
+    if on:
+        yield
+    else:
+        with pyro.validation_enabled(False):
+            yield
