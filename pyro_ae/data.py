@@ -362,7 +362,7 @@ def _frame(value: Any, name: str) -> np.ndarray:
 def _not_bytes(value: Tensor, name: str) -> Tensor:
     if value.dtype == torch.uint8 and value.dim() > 1:
         raise ValueError(
-            f"{_name(name)} holds integer images: uint8 of shape {tuple(value.shape)}, values up to {int(value.max())}. "
+            f"{_name(name)} holds integer images: uint8 {tuple(value.shape)}, values up to {int(value.max())}. "
             "Scale them to [0, 1], as x.float() / 255, or take x.float() where they are counts"
         )
     return value

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +11,13 @@ import torch
 from torch import Tensor
 
 from .data import Call, LoadedRows, Rows, as_rows
-from .density import (
-    Layout,
-    Recorder,
-    gather,
-    inspect_sites,
-    refuse_shared,
-    run_particles,
-    weigh,
-)
-from .program import Program, validation
-from .types import Draws, Guide, Model
+from .draws import draw, encode, log_evidence, log_likelihood, mean_or_value, means, replay, row_chunks
+from .program import Program
+from .sites import Layout, Recorder, gather
+from .types import Guide, Model
 
 if TYPE_CHECKING:
     from .diagnostics.report import Report
-
-CHUNK = 2**24
-"""Elements of the largest site that are worked on at once (64 MiB in float32)."""
 
 
 class Posterior:
@@ -125,45 +113,7 @@ class Posterior:
                 raise ValueError(f"the chains hold {held} draws, fewer than {draws}: fit with nuts(draws=...) of more")
             index = torch.linspace(0, held - 1, draws).round().long()
             return {n: v[index] for n, v in flat.items()}
-        return self._draw(draws or 1000, self._rows(data).call())
-
-    def _draw(self, draws: int, batch: Call) -> dict[str, Tensor]:
-        assert self.program.guide is not None
-        with self._running():
-            layout = inspect_sites(self.program.model, self.program.guide, batch)
-            names = layout.names("latent")
-            guide = self.program.guide
-            return _chunked(
-                draws,
-                layout,
-                lambda k, _: gather(
-                    run_particles(guide, batch, k, layout, layout.guide),
-                    names,
-                    layout.guide,
-                    k,
-                    lambda s: s["value"],
-                ),
-            )
-
-    def _replay(
-        self,
-        values: Draws,
-        batch: Call,
-        read: Callable[[Layout, list[Recorder], int], dict[str, Tensor]],
-        *,
-        generate: bool = False,
-    ) -> dict[str, Tensor]:
-        """Run the model at draws of its latents, and read sites from the runs."""
-        particles = len(next(iter(values.values()))) if values else 1
-        with self._running():
-            layout = inspect_sites(self.program.model, None, batch)
-
-            def part(k: int, start: int) -> dict[str, Tensor]:
-                some = {n: v[start : start + k].to(self.program.device) for n, v in values.items()}
-                runs = run_particles(self.program.model, batch, k, layout, layout.model, some, generate=generate)
-                return read(layout, runs, k)
-
-            return _chunked(particles, layout, part)
+        return draw(self.program, draws or 1000, self._rows(data).call())
 
     @torch.no_grad()
     def predict(self, data: Any = None, draws: int = 100, *, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -192,7 +142,7 @@ class Posterior:
                 raise ValueError(f"no site {unknown[0]!r} to predict; there are {', '.join(map(repr, known))}")
             return gather(runs, names, layout.model, k, lambda s: s["value"])
 
-        return self._replay(values, batch, read, generate=True)
+        return replay(self.program, values, batch, read, generate=True)
 
     @torch.no_grad()
     def log_likelihood(self, data: Any = None, draws: int | None = None) -> dict[str, Tensor]:
@@ -205,21 +155,7 @@ class Posterior:
         Returns:
             Site to ``[draws, *batch]`` in nats, without any minibatch scale.
         """
-        return self.log_likelihood_at(self.sample(draws, data), self._rows(data).call())
-
-    def log_likelihood_at(self, values: Draws, batch: Call) -> dict[str, Tensor]:
-        """As :meth:`log_likelihood`, at given draws ``[draws, *shape]``."""
-
-        def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
-            out = {}
-            for name in layout.names("observed"):
-                shape = layout.model[name].batch
-                terms = [pointwise(r.sites[name]) for r in runs]
-                out[name] = torch.stack(terms) if len(runs) > 1 else _fit_shape(terms[0], k, shape)
-            return out
-
-        with torch.no_grad():
-            return self._replay(values, batch, read)
+        return log_likelihood(self.program, self.sample(draws, data), self._rows(data).call())
 
     @torch.no_grad()
     def log_evidence(self, data: Any = None, particles: int = 1000) -> Tensor:
@@ -241,19 +177,7 @@ class Posterior:
             raise ValueError(f"particles must be at least 1, got {particles}")
         if self.program.guide is None:
             raise ValueError("log_evidence draws from a guide, and chains have none: fit with svi")
-        model, guide = self.program.model.fn, self.program.guide.fn
-        parts = []
-        with self._running():
-            for batch, layout in self._row_chunks(data, particles):
-                chunk = max(1, min(particles, CHUNK // _largest(layout)))
-                total = None
-                for start in range(0, particles, chunk):
-                    weights = weigh(model, guide, batch, min(chunk, particles - start), layout=layout)
-                    refuse_shared(weights, "log_evidence")
-                    part = weights.log_weights.logsumexp(0)
-                    total = part if total is None else torch.logaddexp(total, part)
-                assert total is not None
-                parts.append((total - math.log(particles)).cpu())
+        parts = [log_evidence(self.program, batch, particles) for batch in self._chunks(data, particles)]
         return torch.cat(parts) if parts[0].dim() else parts[0]
 
     # -- local latents -------------------------------------------------------------------------------------
@@ -278,19 +202,7 @@ class Posterior:
         if self.draws is not None or self.program.guide is None:
             values = self.sample(None, data)
             return _one({n: values[n].mean(0) for n in self.local})
-        guide = self.program.guide
-        parts: list[dict[str, Tensor]] = []
-        with self._running():
-            for batch, layout in self._row_chunks(data, 1):
-                with Recorder() as r:
-                    guide(*batch.args, **batch.kwargs)
-                names = layout.local(self.program.plate)
-                mean = _mean(r.sites[names[0]]) if [s.kind for s in layout.guide.values()] == ["latent"] else None
-                if mean is not None:
-                    parts.append({names[0]: mean.cpu()})
-                else:
-                    values = self._draw(draws, batch)
-                    parts.append({n: values[n].mean(0).cpu() for n in names})
+        parts = [encode(self.program, batch, draws) for batch in self._chunks(data, 1)]
         return _one({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
@@ -308,20 +220,12 @@ class Posterior:
             ValueError: where the model has no latent for each row.
         """
         self._need_local("reconstruct")
-        parts = []
         if self.draws is not None:
-            batch = self._rows(data).call()
-            parts.append(self._means(self.sample(self._at_most(draws), data), batch))
+            parts = [means(self.program, self.sample(self._at_most(draws), data), self._rows(data).call())]
         else:
-            for batch, _ in self._row_chunks(data, draws):
-                parts.append(self._means(self._draw(draws, batch), batch))
-        return _one({n: torch.cat([p[n].mean(0).cpu() for p in parts]) for n in parts[0]})
-
-    def _means(self, values: Draws, batch: Call) -> dict[str, Tensor]:
-        def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
-            return gather(runs, layout.names("observed"), layout.model, k, _mean_or_value)
-
-        return self._replay(values, batch, read)
+            chunks = self._chunks(data, draws)
+            parts = [means(self.program, draw(self.program, draws, batch), batch) for batch in chunks]
+        return _one({n: torch.cat([p[n].mean(0) for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
     def generate(self, n: int, *, mean: bool = False) -> Tensor | dict[str, Tensor]:
@@ -349,10 +253,10 @@ class Posterior:
         def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
             names = runs[0].generated or layout.names("latent")
             names = [m for m in names if m not in self.program.layout.names("latent")]
-            return gather(runs, names, layout.model, k, _mean_or_value if mean else lambda s: s["value"])
+            return gather(runs, names, layout.model, k, mean_or_value if mean else lambda s: s["value"])
 
-        out = self._replay(values, batch, read, generate=True)
-        return _one({s: (v.flatten(0, 1) if shared or v.shape[0] == 1 else v).cpu() for s, v in out.items()})
+        out = replay(self.program, values, batch, read, generate=True)
+        return _one({s: (v.flatten(0, 1) if shared or v.shape[0] == 1 else v) for s, v in out.items()})
 
     # -- ArviZ, report, disk -------------------------------------------------------------------------------
 
@@ -440,38 +344,14 @@ class Posterior:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with self.program.active(), validation(False):
-            yield
-
     def _rows(self, data: Any) -> Rows | LoadedRows:
         rows = self.data if data is None else as_rows(data)
         if rows is None:
             raise ValueError("the posterior was loaded without data: pass data=...")
         return rows.to(self.program.device)
 
-    def _row_chunks(self, data: Any, particles: int) -> Iterable[tuple[Call, Layout]]:
-        """Calls on rows few enough to be worked on at once; all of them where latents tie them together."""
-        rows = self._rows(data)
-        model, guide = self.program.model, self.program.guide
-        if isinstance(rows, Rows) and (rows.size is None or self._tied()):
-            batch = rows.call()
-            yield batch, inspect_sites(model, guide, batch)
-            return
-        if isinstance(rows, Rows):
-            assert rows.size is not None
-            one = inspect_sites(model, guide, rows.take(slice(0, 1)).call())
-            size = max(1, min(rows.size, CHUNK // (_largest(one) * min(particles, 64))))
-        else:
-            size = None
-        for batch in rows.batches(size, shuffle=False, device=self.program.device):
-            yield batch, inspect_sites(model, guide, batch)
-
-    def _tied(self) -> bool:
-        plate = self.program.plate
-        sites = [s for s in self.program.layout.model.values() if s.kind in ("latent", "observed")]
-        return not all(any(p[0] == plate for p in s.plates) for s in sites)
+    def _chunks(self, data: Any, particles: int) -> Iterator[Call]:
+        return row_chunks(self.program, self._rows(data), particles)
 
     def _blank(self, rows: int) -> Call:
         """A call that generates ``rows`` rows."""
@@ -495,40 +375,6 @@ class Posterior:
             return draws
         first = next(iter(self.draws.values()))
         return min(draws, first.shape[0] * first.shape[1])
-
-
-def pointwise(site: dict) -> Tensor:
-    """The log-density of a recorded site with its mask, without any scale."""
-    log_prob = site["fn"].log_prob(site["value"])
-    return log_prob if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), log_prob, 0.0)
-
-
-def _fit_shape(value: Tensor, particles: int, shape: torch.Size) -> Tensor:
-    wanted = torch.Size((particles, *shape))
-    return value.expand(wanted) if value.numel() != wanted.numel() else value.reshape(wanted)
-
-
-def _mean(site: dict) -> Tensor | None:
-    try:
-        mean = site["fn"].mean
-    except (NotImplementedError, AttributeError):
-        return None
-    return mean if torch.isfinite(mean).all() else None
-
-
-def _mean_or_value(site: dict) -> Tensor:
-    mean = _mean(site)
-    return site["value"] if mean is None else mean
-
-
-def _largest(layout: Layout) -> int:
-    return max([1, *(s.shape.numel() for s in (*layout.model.values(), *layout.guide.values()))])
-
-
-def _chunked(draws: int, layout: Layout, part: Callable[[int, int], dict[str, Tensor]]) -> dict[str, Tensor]:
-    size = max(1, CHUNK // _largest(layout))
-    parts = [part(min(size, draws - start), start) for start in range(0, draws, size)]
-    return {n: torch.cat([p[n].cpu() for p in parts]) for n in parts[0]}
 
 
 def _one(values: dict[str, Tensor]) -> Any:

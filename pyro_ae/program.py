@@ -10,9 +10,9 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from .density import Layout, inspect_sites
 from .parameters import Parameters
 from .plates import Scaled
+from .sites import Layout, inspect_sites
 from .types import Guide, Model
 
 

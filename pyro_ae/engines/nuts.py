@@ -12,7 +12,7 @@ from pyro.infer import NUTS
 from torch import Tensor
 
 from ..data import LoadedRows
-from ..density import INITS, Energy
+from ..energy import INITS, Energy
 from ..posterior import Posterior
 from ..program import Program, validation
 from ..types import Guide, Model

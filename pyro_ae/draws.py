@@ -1,0 +1,167 @@
+"""A program run for many draws at once, in parts that fit into memory; results come back on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .data import Call, LoadedRows, Rows
+from .density import refuse_shared, weigh
+from .program import Program, validation
+from .sites import Layout, Recorder, gather, inspect_sites, pointwise_log_prob, run_particles
+from .types import Draws
+
+CHUNK = 2**24
+"""Elements of the largest site that are worked on at once (64 MiB in float32)."""
+
+
+@contextmanager
+def _running(program: Program) -> Iterator[None]:
+    with torch.no_grad(), program.active(), validation(False):
+        yield
+
+
+def _largest(layout: Layout) -> int:
+    return max([1, *(s.shape.numel() for s in (*layout.model.values(), *layout.guide.values()))])
+
+
+def _chunked(draws: int, layout: Layout, part: Callable[[int, int], dict[str, Tensor]]) -> dict[str, Tensor]:
+    size = max(1, CHUNK // _largest(layout))
+    parts = [part(min(size, draws - start), start) for start in range(0, draws, size)]
+    return {n: torch.cat([p[n].cpu() for p in parts]) for n in parts[0]}
+
+
+def draw(program: Program, draws: int, batch: Call) -> dict[str, Tensor]:
+    """Draws of the latents from the guide, site to ``[draws, *shape]``."""
+    guide = program.guide
+    assert guide is not None
+    with _running(program):
+        layout = inspect_sites(program.model, guide, batch)
+
+        def part(k: int, start: int) -> dict[str, Tensor]:
+            runs = run_particles(guide, batch, k, layout, layout.guide)
+            return gather(runs, layout.names("latent"), layout.guide, k, lambda s: s["value"])
+
+        return _chunked(draws, layout, part)
+
+
+def replay(
+    program: Program,
+    values: Draws,
+    batch: Call,
+    read: Callable[[Layout, list[Recorder], int], dict[str, Tensor]],
+    *,
+    generate: bool = False,
+) -> dict[str, Tensor]:
+    """Run the model at draws of its latents ``[draws, *shape]`` and read sites from the runs.
+
+    Arguments:
+        values: latent to draws; latents without are sampled from the prior, in one draw where none has any.
+        read: the layout, the runs and the number of draws in them, to site and ``[draws, *shape]``.
+        generate: whether to sample the observed sites.
+    """
+    particles = len(next(iter(values.values()))) if values else 1
+    with _running(program):
+        layout = inspect_sites(program.model, None, batch)
+
+        def part(k: int, start: int) -> dict[str, Tensor]:
+            some = {n: v[start : start + k].to(program.device) for n, v in values.items()}
+            runs = run_particles(program.model, batch, k, layout, layout.model, some, generate=generate)
+            return read(layout, runs, k)
+
+        return _chunked(particles, layout, part)
+
+
+def means(program: Program, values: Draws, batch: Call) -> dict[str, Tensor]:
+    """The likelihood's mean of each observed site at draws of the latents, ``[draws, *shape]``."""
+
+    def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+        return gather(runs, layout.names("observed"), layout.model, k, mean_or_value)
+
+    return replay(program, values, batch, read)
+
+
+def log_likelihood(program: Program, values: Draws, batch: Call) -> dict[str, Tensor]:
+    """The log-density of each observed site at draws of the latents, ``[draws, *batch]``."""
+
+    def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+        out = {}
+        for name in layout.names("observed"):
+            terms = [pointwise_log_prob(r.sites[name]) for r in runs]
+            value = torch.stack(terms) if len(runs) > 1 else terms[0]
+            wanted = torch.Size((k, *layout.model[name].batch))
+            out[name] = value.reshape(wanted) if value.numel() == wanted.numel() else value.expand(wanted)
+        return out
+
+    return replay(program, values, batch, read)
+
+
+def log_evidence(program: Program, batch: Call, particles: int) -> Tensor:
+    """The importance-weighted bound of each row, ``[rows]``, or of all where a latent ties them together."""
+    assert program.guide is not None
+    model, guide = program.model.fn, program.guide.fn  # unscaled: the rows at hand are all there are
+    with _running(program):
+        layout = inspect_sites(model, guide, batch)
+        chunk = max(1, CHUNK // _largest(layout))
+        total = None
+        for start in range(0, particles, chunk):
+            weights = weigh(model, guide, batch, min(chunk, particles - start), layout=layout)
+            refuse_shared(weights, "log_evidence")
+            part = weights.log_weights.logsumexp(0)
+            total = part if total is None else torch.logaddexp(total, part)
+        assert total is not None
+        return (total - math.log(particles)).cpu()
+
+
+def encode(program: Program, batch: Call, draws: int) -> dict[str, Tensor]:
+    """The mean of each row's latents: the guide's own where it has one site, else an average over draws."""
+    guide = program.guide
+    assert guide is not None
+    with _running(program):
+        layout = inspect_sites(program.model, guide, batch)
+        local = layout.local(program.plate)
+        if [s.kind for s in layout.guide.values()] == ["latent"]:
+            with Recorder() as r:
+                guide(*batch.args, **batch.kwargs)
+            mean = mean_of(r.sites[local[0]])
+            if mean is not None:
+                return {local[0]: mean.cpu()}
+    values = draw(program, draws, batch)
+    return {n: values[n].mean(0) for n in local}
+
+
+def row_chunks(program: Program, rows: Rows | LoadedRows, particles: int) -> Iterator[Call]:
+    """Calls on rows few enough to be worked on at once; on all rows where latents tie them together."""
+    if isinstance(rows, Rows) and (rows.size is None or _tied(program)):
+        yield rows.call()
+        return
+    size = None
+    if isinstance(rows, Rows):
+        with _running(program):
+            one = inspect_sites(program.model, program.guide, rows.take(slice(0, 1)).call())
+        size = max(1, min(rows.need_size(), CHUNK // (_largest(one) * min(particles, 64))))
+    yield from rows.batches(size, shuffle=False, device=program.device)
+
+
+def _tied(program: Program) -> bool:
+    sites = [s for s in program.layout.model.values() if s.kind in ("latent", "observed")]
+    return not all(any(p[0] == program.plate for p in s.plates) for s in sites)
+
+
+def mean_of(site: dict) -> Tensor | None:
+    """The mean of a recorded site's distribution, or None where it has none that is finite."""
+    try:
+        mean = site["fn"].mean
+    except (NotImplementedError, AttributeError):
+        return None
+    return mean if torch.isfinite(mean).all() else None
+
+
+def mean_or_value(site: dict) -> Tensor:
+    """The mean of a recorded site's distribution, or its value where there is no mean."""
+    mean = mean_of(site)
+    return site["value"] if mean is None else mean

@@ -1,0 +1,122 @@
+"""The energy of a model over its unconstrained latents: what samplers, MAP and Laplace are functions of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median, init_to_sample, init_to_uniform
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from .data import call_with
+from .density import first_bad_site
+from .sites import Recorder, inspect_sites, site_log_prob
+from .types import Draws, Model
+
+INITS = {"prior": init_to_sample, "median": init_to_median, "uniform": init_to_uniform}
+
+
+class Energy:
+    r"""The potential of a model over its unconstrained latents, with all that a sampler needs.
+
+    .. math:: U(v) = -\log p(x, T(v)) - \log \lvert \det J_T(v) \rvert
+
+    Arguments:
+        model: a callable with Pyro sites; its discrete latents must have been marginalised.
+        batch: as for ``fit``.
+
+    Attributes:
+        transforms: latent site to the transform T from unconstrained to constrained values.
+        layout: the sites of the model.
+
+    Raises:
+        ValueError: for a discrete latent, or one whose support depends on another.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> energy = Energy(lambda: pyro.sample("s", dist.Exponential(1.0)), None)
+        >>> energy({"s": torch.tensor(0.0)})  # s = 1: log-density -1, log-Jacobian 0
+        tensor(1.)
+    """
+
+    def __init__(self, model: Model, batch: Any) -> None:
+        self.model = model
+        self.batch = batch
+        self.layout = inspect_sites(InitMessenger(init_to_uniform)(model), None, batch)
+        again = inspect_sites(InitMessenger(init_to_uniform)(model), None, batch)
+        self.transforms: dict[str, Any] = {}
+        for name in self.layout.names("latent"):
+            support = self.layout.model[name].support
+            if support.is_discrete:
+                raise ValueError(
+                    f"site '{name}' is discrete, so the energy has no gradient in it: marginalise it, or fit with svi"
+                )
+            if not _same(support, again.model[name].support):
+                raise ValueError(
+                    f"the support of site '{name}' depends on another latent: sample it on a fixed support and "
+                    "transform it with pyro.deterministic"
+                )
+            self.transforms[name] = biject_to(support)
+        if not self.transforms:
+            raise ValueError("the model has no latent site, so there is nothing to sample")
+
+    def __call__(self, v: Draws, batch: Any = None) -> Tensor:
+        """The energy, a scalar in nats, at unconstrained values; on another batch where one is given."""
+        args, kwargs = call_with(self.batch if batch is None else batch)
+        values = self.constrain(v)
+        with Recorder(values) as r:
+            self.model(*args, **kwargs)
+        log_prob = sum(site_log_prob(s).sum() for s in r.scored)
+        jacobian = sum(t.log_abs_det_jacobian(v[n], values[n]).sum() for n, t in self.transforms.items())
+        return -(log_prob + jacobian)
+
+    def constrain(self, v: Draws) -> dict[str, Tensor]:
+        """Unconstrained values, with any leading dims, to the values that the model samples."""
+        return {name: transform(v[name]) for name, transform in self.transforms.items()}
+
+    def unconstrain(self, values: Draws) -> dict[str, Tensor]:
+        """The inverse of :meth:`constrain`."""
+        return {name: transform.inv(values[name]) for name, transform in self.transforms.items()}
+
+    def init(self, strategy: str = "median", tries: int = 100) -> dict[str, Tensor]:
+        """A point of finite energy and finite gradient.
+
+        Arguments:
+            strategy: ``"prior"`` (a draw), ``"median"`` (of draws from the prior) or ``"uniform"`` (in (-2, 2),
+                unconstrained).
+
+        Raises:
+            ValueError: for an unknown strategy, or where no such point is found.
+        """
+        if strategy not in INITS:
+            raise ValueError(f"unknown init {strategy!r}; known are {', '.join(INITS)}")
+        args, kwargs = call_with(self.batch)
+        for attempt in range(tries):
+            init = INITS[strategy] if attempt < tries // 2 else init_to_uniform
+            with torch.no_grad(), Recorder() as r, InitMessenger(init):
+                self.model(*args, **kwargs)
+            values = {n: r.sites[n]["value"].detach() for n in self.transforms}
+            v = {n: x.detach().clone().requires_grad_() for n, x in self.unconstrain(values).items()}
+            energy = self(v)
+            gradients = torch.autograd.grad(energy, list(v.values()), allow_unused=True)
+            if all(torch.isfinite(t).all() for t in (energy, *(g for g in gradients if g is not None))):
+                return {n: x.detach() for n, x in v.items()}
+        bad = first_bad_site(self.model, None, self.batch)
+        raise ValueError(
+            f"no starting point with a finite density in {tries} tries"
+            + (f"; look at site {bad}" if bad else "; is the data inside the support of the likelihood?")
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two constraints are alike, bounds included."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, constraints.Constraint):
+        return vars(a).keys() == vars(b).keys() and all(_same(vars(a)[k], vars(b)[k]) for k in vars(a))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
