@@ -1,0 +1,108 @@
+"""Every model of the zoo: observes exactly x, generates rows, broadcasts over particles, scales its rows."""
+
+import pyro
+import pytest
+import torch
+from discovery import modules
+from torch import Tensor
+
+from pyro_ae import elbo, fit, importance, iwae, log_weights, svi
+from pyro_ae.data import call_with
+from pyro_ae.density import log_joint
+from pyro_ae.plates import Scaled
+from pyro_ae.sites import gather, inspect_sites, run_particles, site_log_prob
+
+MODELS = [pytest.param(m, id=n) for n, m in modules("pyro_ae.models")]
+
+
+@pytest.mark.parametrize("module", MODELS)
+def test_observes_exactly_x(module):
+    model, guide, x = module.example()
+    layout = inspect_sites(model, guide, x)
+    assert layout.names("observed") == ["x"]
+    assert layout.model["x"].shape == x.shape
+    trace = pyro.poutine.trace(model).get_trace(x)
+    torch.testing.assert_close(trace.nodes["x"]["value"], x)
+
+
+@pytest.mark.parametrize("module", MODELS)
+@pytest.mark.parametrize("size", [1, 7])
+def test_generates_rows_like_its_data(module, size):
+    model, _, x = module.example()
+    with torch.no_grad():
+        rows = model(size=size)
+    assert rows.shape == (size, *x.shape[1:])
+    assert torch.isfinite(rows).all()
+
+
+@pytest.mark.parametrize("module", MODELS)
+def test_broadcasts_over_particles(module):
+    """A vectorised run has the densities of a run for each particle."""
+    model, guide, x = module.example()
+    batch = call_with(x)
+    with torch.no_grad():
+        layout = inspect_sites(model, guide, batch)
+        (run,) = run_particles(guide, batch, 3, layout, layout.guide)
+        z = gather([run], layout.names("latent"), layout.guide, 3, lambda s: s["value"])
+        (together,) = run_particles(model, batch, 3, layout, layout.model, z)
+        for k in range(3):
+            alone = log_joint(model, {n: v[k] for n, v in z.items()}, x)
+            vectorised = sum(site_log_prob(s)[k].reshape(-1, len(x)).sum(0) for s in together.scored)
+            torch.testing.assert_close(vectorised, alone)
+
+
+@pytest.mark.parametrize("module", MODELS)
+def test_local_terms_scale_by_n_over_b_and_global_ones_do_not(module):
+    model, _, x = module.example()
+    trace = pyro.poutine.trace(Scaled(model, "data", 10 * len(x))).get_trace(x)
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample":
+            local = any(f.name == "data" for f in site["cond_indep_stack"])
+            assert site["scale"] == (10.0 if local else 1.0), name
+
+
+@pytest.mark.parametrize("module", MODELS)
+def test_gradients_are_finite(module):
+    model, guide, x = module.example()
+    importance(iwae, 4)(model, guide, x).backward()
+    bad = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not bad
+
+
+@pytest.mark.parametrize("bound", [elbo, iwae], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("module", MODELS)
+def test_every_bound_trains_every_model(module, bound):
+    model, guide, x = module.example()
+    posterior = fit(model, x, guide=guide, method=svi(loss=importance(bound, 3), steps=2), batch_size=5, progress=False)
+    values = [v for values in posterior.history.values() for v in values]
+    assert torch.isfinite(torch.tensor(values)).all()
+
+
+def test_ppca_knows_its_evidence_and_posterior():
+    """Bayes' rule ties the three: log p(x) = log p(x | z) + log p(z) - log p(z | x), for any z."""
+    from pyro_ae.models import ppca
+
+    model, _, x = ppca.example()
+    z: Tensor = torch.randn(len(x), 2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            log_joint(model, {"z": z}, x) - model.posterior(x).log_prob(z), model.marginal().log_prob(x)
+        )
+        rows = model(size=200_000)
+        torch.testing.assert_close(rows.T.cov(), model.marginal().covariance_matrix, atol=0.05, rtol=0.05)
+
+
+def test_vae_takes_any_likelihood():
+    import pyro.distributions as dist
+
+    from pyro_ae.guides.amortized import Amortized
+    from pyro_ae.guides.mean_field import MeanField
+    from pyro_ae.models.vae import VAE
+    from pyro_ae.nn import MLP
+
+    images = torch.randint(0, 17, (6, 4, 4)).float()
+    model = VAE(MLP(2, [8], (4, 4)), 2, lambda h: dist.Binomial(16, logits=h).to_event(2))
+    guide = Amortized(MLP((4, 4), [8]), MeanField(8, 2))
+    log_w, _ = log_weights(model, guide, images, particles=2)
+    assert log_w.shape == (2, 6)
+    assert model(size=3).shape == (3, 4, 4)

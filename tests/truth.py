@@ -1,0 +1,58 @@
+"""Models with known answers, for tests of bounds, engines and guides."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_ae import batch_plate
+from pyro_ae.models.ppca import PPCA
+
+
+def ppca(rows: int = 40) -> tuple[PPCA, Tensor]:
+    """Probabilistic PCA and rows from it, with nothing to be trained."""
+    model = PPCA(features=5, latent=2, noise=0.7)
+    with torch.no_grad():
+        model.mean.normal_()
+        x = model.marginal().sample((rows,))
+    return model.requires_grad_(False), x
+
+
+def exact_guide(model: PPCA):
+    """The exact posterior of a PPCA as a guide."""
+
+    def guide(x: Tensor | None = None, *, size: int = 1) -> None:
+        with batch_plate(x, size):
+            pyro.sample("z", model.posterior(x))
+
+    return guide
+
+
+def biased_guide(model: PPCA, shift: float = 0.3, stretch: float = 1.3):
+    """A guide that is off, so that bounds differ from the evidence."""
+
+    def guide(x: Tensor | None = None, *, size: int = 1) -> None:
+        with batch_plate(x, size):
+            exact = model.posterior(x)
+            pyro.sample("z", dist.MultivariateNormal(exact.loc + shift, stretch * exact.covariance_matrix))
+
+    return guide
+
+
+def gaussian_mean(y: Tensor) -> None:
+    """A conjugate model: the mean of normal observations, with prior N(1, 2^2)."""
+    mu = pyro.sample("mu", dist.Normal(1.0, 2.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.5), obs=y)
+
+
+def gaussian_mean_posterior(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact mean and standard deviation of mu in :func:`gaussian_mean`."""
+    precision = 1 / 4 + len(y) / 1.5**2
+    return (0.25 + y.sum() / 1.5**2) / precision, torch.tensor(precision**-0.5)
+
+
+def gaussian_mean_evidence(y: Tensor) -> Tensor:
+    """Exact log p(y) of :func:`gaussian_mean`."""
+    covariance = 1.5**2 * torch.eye(len(y)) + 4 * torch.ones(len(y), len(y))
+    return dist.MultivariateNormal(torch.ones(len(y)), covariance).log_prob(y)
