@@ -15,6 +15,11 @@ from pyro_ae.plates import batch_plate
 
 
 def bernoulli(logits: Tensor) -> Distribution:
+    """Independent binary values.
+
+    Arguments:
+        logits: ``[*, d]``; the event shape is ``[d]``.
+    """
     return dist.Bernoulli(logits=logits).to_event(1)
 
 

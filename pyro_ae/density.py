@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +12,17 @@ from torch import Tensor
 
 from .data import call_with
 from .plates import particle_plate
-from .sites import Layout, Recorder, inspect_sites, is_auxiliary, is_latent, quote, site_log_prob
+from .sites import (
+    Layout,
+    Recorder,
+    inspect_sites,
+    is_auxiliary,
+    is_latent,
+    quote,
+    say_serial,
+    site_log_prob,
+    why_serial,
+)
 from .types import Draws, Guide, Model
 
 
@@ -92,9 +101,13 @@ def weigh(
         raise ValueError(f"particles must be at least 1, got {particles}")
     layout = layout or getattr(model, "layout", None) or inspect_sites(model, guide, batch)
     run = partial(_weigh, model, guide, batch, nesting=layout.nesting, reparameterised=reparameterised)
-    if particles > 1 and layout.broadcasts is None:
-        layout.broadcasts = _broadcasts(model, guide, batch, layout.nesting)
-    if particles > 1 and not layout.broadcasts:
+    if particles > 1 and not layout.checked:
+        layout.checked = True
+        layout.serial = why_serial(guide, batch, layout.guide, layout.nesting) or why_serial(
+            model, batch, layout.model, layout.nesting
+        )
+    if particles > 1 and layout.serial is not None:
+        say_serial(layout.serial)
         runs = [run(particles=1) for _ in range(particles)]
         return runs[0]._replace(log_weights=torch.cat([r.log_weights for r in runs]))
     return run(particles=particles)
@@ -135,23 +148,6 @@ def _weigh(
         s["name"] for s in modelled if subsampled and not any(f.name in subsampled for f in s["cond_indep_stack"])
     )
     return Weights(total if particles > 1 else total.unsqueeze(0), scale, shared)
-
-
-def _broadcasts(model: Model, guide: Guide, batch: Any, nesting: int) -> bool:
-    """Whether model and guide run under a particle plate; says so once where they do not."""
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=()):
-            _weigh(model, guide, batch, 2, nesting)
-    except (ValueError, RuntimeError, IndexError, AssertionError, NotImplementedError, TypeError) as error:
-        with torch.no_grad(), torch.random.fork_rng(devices=()):
-            _weigh(model, guide, batch, 1, nesting)  # a mistake that has nothing to do with particles shows here
-        warnings.warn(
-            "the model or guide does not broadcast over particles, so they are run one by one, which is slower "
-            f"(networks must accept any leading dims; pyro_ae.plates.batched helps): {str(error).splitlines()[0]}",
-            stacklevel=2,
-        )
-        return False
-    return True
 
 
 def log_weights(model: Model, guide: Guide, batch: Any, *, particles: int = 1) -> tuple[Tensor, float]:

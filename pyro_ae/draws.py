@@ -12,7 +12,7 @@ from torch import Tensor
 from .data import Call, LoadedRows, Rows
 from .density import refuse_shared, weigh
 from .program import Program, validation
-from .sites import Layout, Recorder, gather, inspect_sites, pointwise_log_prob, run_particles
+from .sites import Layout, Recorder, gather, pointwise_log_prob, run_particles
 from .types import Draws
 
 CHUNK = 2**24
@@ -40,11 +40,11 @@ def draw(program: Program, draws: int, batch: Call) -> dict[str, Tensor]:
     guide = program.guide
     assert guide is not None
     with _running(program):
-        layout = inspect_sites(program.model, guide, batch)
+        layout = program.inspect(batch, model=False)
 
         def part(k: int, start: int) -> dict[str, Tensor]:
-            runs = run_particles(guide, batch, k, layout, layout.guide)
-            return gather(runs, layout.names("latent"), layout.guide, k, lambda s: s["value"])
+            runs = run_particles(guide, batch, k, layout, layout.model)
+            return gather(runs, layout.names("latent"), layout.model, k, lambda s: s["value"])
 
         return _chunked(draws, layout, part)
 
@@ -66,7 +66,7 @@ def replay(
     """
     particles = len(next(iter(values.values()))) if values else 1
     with _running(program):
-        layout = inspect_sites(program.model, None, batch)
+        layout = program.inspect(batch, guide=False)
 
         def part(k: int, start: int) -> dict[str, Tensor]:
             some = {n: v[start : start + k].to(program.device) for n, v in values.items()}
@@ -92,7 +92,7 @@ def log_likelihood(program: Program, values: Draws, batch: Call) -> dict[str, Te
         out = {}
         for name in layout.names("observed"):
             terms = [pointwise_log_prob(r.sites[name]) for r in runs]
-            value = torch.stack(terms) if len(runs) > 1 else terms[0]
+            value = torch.stack(terms) if len(runs) == k > 1 else terms[0]
             wanted = torch.Size((k, *layout.model[name].batch))
             out[name] = value.reshape(wanted) if value.numel() == wanted.numel() else value.expand(wanted)
         return out
@@ -105,7 +105,7 @@ def log_evidence(program: Program, batch: Call, particles: int) -> Tensor:
     assert program.guide is not None
     model, guide = program.model.fn, program.guide.fn  # unscaled: the rows at hand are all there are
     with _running(program):
-        layout = inspect_sites(model, guide, batch)
+        layout = program.inspect(batch)
         chunk = max(1, CHUNK // _largest(layout))
         total = None
         for start in range(0, particles, chunk):
@@ -122,7 +122,7 @@ def encode(program: Program, batch: Call, draws: int) -> dict[str, Tensor]:
     guide = program.guide
     assert guide is not None
     with _running(program):
-        layout = inspect_sites(program.model, guide, batch)
+        layout = program.inspect(batch)
         local = layout.local(program.plate)
         if [s.kind for s in layout.guide.values()] == ["latent"]:
             with Recorder() as r:
@@ -142,7 +142,7 @@ def row_chunks(program: Program, rows: Rows | LoadedRows, particles: int) -> Ite
     size = None
     if isinstance(rows, Rows):
         with _running(program):
-            one = inspect_sites(program.model, program.guide, rows.take(slice(0, 1)).call())
+            one = program.inspect(rows.take(slice(0, 1)).call())
         size = max(1, min(rows.need_size(), CHUNK // (_largest(one) * min(particles, 64))))
     yield from rows.batches(size, shuffle=False, device=program.device)
 

@@ -17,11 +17,6 @@ from .types import Draws, Model
 INITS = {"prior": init_to_sample, "median": init_to_median, "uniform": init_to_uniform}
 
 
-def _anywhere(site: Any) -> Tensor:
-    """A value inside the support, also of a prior that cannot be sampled."""
-    return site["fn"].sample() if site["fn"].support.is_discrete else init_to_uniform(site)
-
-
 class Energy:
     r"""The potential of a model over its unconstrained latents, with all that a sampler needs.
 
@@ -48,8 +43,8 @@ class Energy:
     def __init__(self, model: Model, batch: Any) -> None:
         self.model = model
         self.batch = batch
-        self.layout = inspect_sites(InitMessenger(_anywhere)(model), None, batch)
-        again = inspect_sites(InitMessenger(_anywhere)(model), None, batch)
+        self.layout = inspect_sites(model, None, batch)
+        again = inspect_sites(model, None, batch)
         self.transforms: dict[str, Any] = {}
         for name in self.layout.names("latent"):
             support = self.layout.model[name].support

@@ -24,6 +24,7 @@ def batch_plate(x: Tensor | None = None, size: int = 1, *, name: str = "data") -
         ValueError: for an ``x`` without rows.
 
     Example:
+        >>> import torch
         >>> with batch_plate(torch.zeros(3, 2)):
         ...     pyro.sample("z", pyro.distributions.Normal(0.0, 1.0)).shape
         torch.Size([3])
@@ -139,6 +140,7 @@ class batched(nn.Module):
         event_dims: number of dims of one input, such as 3 for images ``[channels, height, width]``.
 
     Example:
+        >>> import torch
         >>> batched(nn.Conv2d(1, 4, 3), 3)(torch.zeros(5, 2, 1, 8, 8)).shape
         torch.Size([5, 2, 4, 6, 6])
     """

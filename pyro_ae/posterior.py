@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 class Posterior:
     """What a fit found: a guide with its learnt parameters, or the draws of chains. Both are used alike.
 
+    ``fit`` and :meth:`load` make it. Tensors that its methods return are on the CPU and carry no gradient.
+
+    Arguments:
+        program: model, guide and parameters, built.
+        data: the rows of the fit, or None.
+        method: the engine, as text.
+        history: name to values over the fit.
+        draws: site to ``[chains, draws, *shape]``, for a sampler.
+        stats: name to ``[chains, draws]``, for a sampler.
+        interrupted: whether the fit was stopped by hand.
+        batch_size: rows of a minibatch, for the record.
+
     Attributes:
         model: the model function.
         guide: the guide, or None where a sampler made the draws.
@@ -31,6 +43,14 @@ class Posterior:
         history: name to values over the fit, such as ``loss``, ``validation`` and each site's share.
         method: the engine, as text.
         interrupted: whether the fit was stopped by hand.
+
+    Example:
+        >>> from pyro_ae import fit, svi
+        >>> from pyro_ae.models import ppca
+        >>> model, guide, x = ppca.example()
+        >>> posterior = fit(model, x, guide=guide, method=svi(steps=10), progress=False)
+        >>> posterior.encode().shape, posterior.reconstruct().shape, posterior.generate(3).shape
+        (torch.Size([16, 2]), torch.Size([16, 5]), torch.Size([3, 5]))
     """
 
     def __init__(
@@ -90,10 +110,10 @@ class Posterior:
             ValueError: for more draws than the chains hold; where new rows have latents that no chain drew.
 
         Example:
-            >>> from pyro_ae import fit
+            >>> from pyro_ae import fit, svi
             >>> from pyro_ae.models import ppca
             >>> model, guide, x = ppca.example()
-            >>> posterior = fit(model, x, guide=guide, seed=0, progress=False)
+            >>> posterior = fit(model, x, guide=guide, method=svi(steps=10), progress=False)
             >>> posterior.sample(5)["z"].shape
             torch.Size([5, 16, 2])
         """
@@ -135,7 +155,9 @@ class Posterior:
         values = self.sample(self._at_most(draws), data)
 
         def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
-            known = [*runs[0].generated, *layout.names("deterministic")]
+            # a site that was observed in the fit is not, where the model is given None for it
+            free = [n for n in self.program.layout.names("observed") if n in layout.names("latent")]
+            known = [*runs[0].generated, *free, *layout.names("deterministic")]
             names = known if sites is None else list(sites)
             unknown = [n for n in names if n not in known]
             if unknown:
@@ -251,8 +273,8 @@ class Posterior:
         batch = self._blank(rows)
 
         def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
-            names = runs[0].generated or layout.names("latent")
-            names = [m for m in names if m not in self.program.layout.names("latent")]
+            free = [m for m in layout.names("latent") if m not in self.program.layout.names("latent")]
+            names = [*runs[0].generated, *free]
             return gather(runs, names, layout.model, k, mean_or_value if mean else lambda s: s["value"])
 
         out = replay(self.program, values, batch, read, generate=True)

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from .parameters import Parameters
 from .plates import Scaled
-from .sites import Layout, inspect_sites
+from .sites import Layout, inspect_sites, why_serial
 from .types import Guide, Model
 
 
@@ -40,12 +40,9 @@ class Program:
         self.total = total
         self.device = torch.device(device)
         self.automatic_guide = False
-        self._set(model, guide)
-
-    def _set(self, model: Model, guide: Guide | None) -> None:
         self.parameters = Parameters(model, guide)
-        self.model = Scaled(model, self.plate, self.total)
-        self.guide = None if guide is None else Scaled(guide, self.plate, self.total)
+        self.model = Scaled(model, plate, total)
+        self.guide = None if guide is None else Scaled(guide, plate, total)
 
     @property
     def layout(self) -> Layout:
@@ -93,6 +90,15 @@ class Program:
                 f"minibatches need the model's rows in a plate '{self.plate}'; the model's plates are: {known}. "
                 "Name yours with fit(..., plate=...), or write `with batch_plate(x):` around the rows"
             )
+        with self.active():
+            # in evaluation mode, where normalisation layers do not mix particles or count these runs
+            parts = (
+                [(self.model, layout.model)]
+                if self.guide is None
+                else [(self.guide, layout.guide), (self.model, layout.model)]
+            )
+            reasons = [why_serial(fn, batch, sites, layout.nesting) for fn, sites in parts]
+            layout.checked, layout.serial = True, next((r for r in reasons if r), None)
         self.model.layout = layout
         if self.guide is not None:
             self.guide.layout = layout
@@ -122,8 +128,17 @@ class Program:
                 "the model has no latent site; for maximum likelihood pass a guide that does nothing: "
                 "guide=lambda *args, **kwargs: None"
             )
-        self._set(self.model.fn, AutoNormal(self.model.fn))
+        guide = AutoNormal(self.model.fn)
+        self.guide = Scaled(guide, self.plate, self.total)
+        self.parameters.modules["guide"] = guide  # beside what the model's pyro.param made, which stays
         self.automatic_guide = True
+
+    def inspect(self, batch: Any, *, model: bool = True, guide: bool = True) -> Layout:
+        """The layout on another batch; of the guide alone where ``model`` is False."""
+        ours, theirs = self.model, self.guide if guide else None
+        layout = inspect_sites(ours, theirs, batch) if model else inspect_sites(self.guide, None, batch)  # type: ignore
+        layout.checked, layout.serial = True, self.layout.serial
+        return layout
 
     @property
     def rows(self) -> int:

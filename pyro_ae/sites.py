@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
@@ -43,7 +46,10 @@ class Recorder(Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.sites:
+        before = self.sites.get(msg["name"])
+        # a plate may be entered again, as long as it means the same rows
+        again = before is not None and site_is_subsample(msg) and torch.equal(before["value"], msg["value"])
+        if before is not None and not again:
             raise ValueError(f"site '{msg['name']}' is sampled twice in one run; give each site a name of its own")
         self.sites[msg["name"]] = msg
 
@@ -99,7 +105,9 @@ class Layout:
     nesting: int
     model: dict[str, Site]
     guide: dict[str, Site] = field(default_factory=dict)
-    broadcasts: bool | None = None
+    checked: bool = False
+    serial: str | None = None
+    """Why particles must be run one by one, once that is checked; None where they need not."""
 
     def names(self, kind: str) -> list[str]:
         return [name for name, site in self.model.items() if site.kind == kind]
@@ -149,7 +157,7 @@ def inspect_sites(model: Model, guide: Guide | None, batch: Any) -> Layout:
             with q:
                 guide(*args, **kwargs)
             values = {name: site["value"] for name, site in q.sites.items()}
-        with Recorder(values) as p:
+        with InitMessenger(anywhere) if guide is None else nullcontext(), Recorder(values) as p:
             model(*args, **kwargs)
     sites = [s for s in (*q.sites.values(), *p.sites.values()) if not site_is_subsample(s)]
     nesting = max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
@@ -207,6 +215,59 @@ def strip_particles(value: Tensor, site: Site, particles: int) -> Tensor:
     return value.reshape(wanted)
 
 
+def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], nesting: int) -> str | None:
+    """Why a program cannot be run for many particles at once; None where it can.
+
+    Two draws of its latents are run alone and together: the densities must agree, as a network or a product that
+    mixes particles up need not raise an error. A program with randomness of its own is only run.
+    """
+    args, kwargs = call_with(batch)
+
+    def run(values: Draws) -> Recorder:
+        with InitMessenger(anywhere), Recorder(values) as r:
+            fn(*args, **kwargs)
+        return r
+
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        alone = [run({}) for _ in range(2)]
+        again = run({n: s["value"] for n, s in alone[0].sites.items()})
+        # what plates drew stays as it is; latents get a particle dim
+        values = {n: s["value"] for n, s in alone[0].sites.items() if n not in sites}
+        for name, site in sites.items():
+            if site.kind in ("latent", "auxiliary"):
+                values[name] = pad_particles(torch.stack([r.sites[name]["value"] for r in alone]), site, nesting)
+        try:
+            with particle_plate(2, nesting):
+                together = run(values)
+            densities = {s["name"]: site_log_prob(s) for s in together.scored}
+        except (ValueError, RuntimeError, IndexError, AssertionError, TypeError) as error:
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+        for name, log_prob in densities.items():
+            if log_prob.dim() > nesting + 1:
+                return f"site '{name}' has batch shape {tuple(log_prob.shape)}, more than its plates and particles"
+            expected = [site_log_prob(r.sites[name]).sum() for r in alone]
+            found = list(log_prob.reshape(2, -1).sum(1)) if log_prob.dim() > nesting else [log_prob.sum()] * 2
+            if not torch.allclose(site_log_prob(again.sites[name]).sum(), expected[0], equal_nan=True):
+                return None
+            if not torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-3, atol=1e-3, equal_nan=True):
+                return f"site '{name}' has another density when particles are run together"
+    return None
+
+
+def anywhere(site: Any) -> Tensor:
+    """A value inside the support, also of a prior that cannot be sampled."""
+    return site["fn"].sample() if site["fn"].support.is_discrete else init_to_uniform(site)
+
+
+def say_serial(reason: str) -> None:
+    """Tell the user, once, that particles are run one by one."""
+    warnings.warn(
+        "the model or guide does not broadcast over particles, so they are run one by one, which is slower "
+        f"(networks must accept any leading dims; pyro_ae.plates.batched helps): {reason}",
+        stacklevel=3,
+    )
+
+
 def run_particles(
     fn: Callable[..., Any],
     batch: Any,
@@ -225,16 +286,14 @@ def run_particles(
     """
     args, kwargs = call_with(batch)
     values = values or {}
-    if layout.broadcasts is not False:
+    if not layout.checked:
+        layout.checked, layout.serial = True, why_serial(fn, batch, sites, layout.nesting)
+    if layout.serial is None:
         padded = {n: pad_particles(v, sites[n], layout.nesting) if n in sites else v for n, v in values.items()}
-        try:
-            with particle_plate(particles, layout.nesting), Recorder(padded, generate=generate) as r:
-                fn(*args, **kwargs)
-            return [r]
-        except (ValueError, RuntimeError, IndexError, AssertionError, TypeError):
-            if layout.broadcasts:
-                raise
-            layout.broadcasts = False
+        with particle_plate(particles, layout.nesting), Recorder(padded, generate=generate) as r:
+            fn(*args, **kwargs)
+        return [r]
+    say_serial(layout.serial)
     runs = []
     for k in range(particles):
         with Recorder({n: v[k] for n, v in values.items()}, generate=generate) as r:
@@ -256,5 +315,7 @@ def gather(
         values = [read(r.sites[name]) for r in runs if name in r.sites]
         if not values:
             continue
-        out[name] = torch.stack(values) if len(runs) > 1 else strip_particles(values[0], sites[name], particles)
+        out[name] = (
+            torch.stack(values) if len(runs) == particles > 1 else strip_particles(values[0], sites[name], particles)
+        )
     return out

@@ -164,6 +164,20 @@ def test_a_model_that_does_not_broadcast_runs_particle_by_particle_and_says_so()
     torch.testing.assert_close(log_w, model.marginal().log_prob(x).expand(4, 6), atol=1e-4, rtol=0)
 
 
+def test_a_model_that_mixes_particles_up_is_found_out():
+    """No error is raised inside: each row of z meets the particles' mean, so only the densities tell."""
+    model, x = ppca(rows=6)
+
+    def mixing(x):
+        with batch_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pooled = z.mean(0, keepdim=True).expand_as(z) if z.dim() == 3 else z
+            pyro.sample("x", dist.Normal(pooled @ model.weight.T, 1.0).to_event(1), obs=x)
+
+    with pytest.warns(UserWarning, match="one by one.*'x' has another density"):
+        log_weights(mixing, exact_guide(model), x, particles=4)
+
+
 def test_batched_folds_leading_dims():
     conv = nn.Conv2d(1, 3, 3)
     x = torch.randn(4, 5, 1, 8, 8)

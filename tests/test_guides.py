@@ -6,12 +6,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from discovery import modules
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 from torch.distributions import constraints
 from truth import ppca
 
+from discovery import modules
 from pyro_ae import elbo, fit, importance, iwae, log_weights, svi
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
@@ -119,7 +119,7 @@ def test_pyros_autoguides_serve_under_particles(auto):
         a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         s = pyro.sample("s", dist.Exponential(1.0))
         with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(a.sum(-1, keepdim=True), s), obs=y)
+            pyro.sample("y", dist.Normal(a.sum(-1), s), obs=y)
 
     posterior = fit(
         model, torch.randn(12), guide=auto(model), method=svi(loss=importance(iwae, 5), steps=3), progress=False

@@ -3,9 +3,9 @@
 import pyro
 import pytest
 import torch
-from discovery import modules
 from torch import Tensor
 
+from discovery import modules
 from pyro_ae import elbo, fit, importance, iwae, log_weights, svi
 from pyro_ae.data import call_with
 from pyro_ae.density import log_joint
