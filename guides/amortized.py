@@ -58,10 +58,8 @@ class Amortized(nn.Module):
             return pyro.sample(self.site, self.head(features))
 
     def _rows(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if self.inputs is not None:
-            x = self.inputs(*args, **kwargs)
-        else:
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        x = next(tensors, None) if self.inputs is None else self.inputs(*args, **kwargs)
         if not isinstance(x, Tensor):
             raise ValueError(
                 f"the guide of site '{self.site}' needs the rows to read its distribution off, and got none"

@@ -53,12 +53,12 @@ def observe(name: str, distribution: Distribution, x: Tensor | None) -> Tensor:
         tensor([-1.8379, -2.7568])
     """
     if x is None:
-        return pyro.sample(name, distribution)  # type: ignore[arg-type]
+        return pyro.sample(name, distribution)
     if not x.is_floating_point():
-        return pyro.sample(name, distribution, obs=x)  # type: ignore[arg-type]
+        return pyro.sample(name, distribution, obs=x)
     missing = torch.isnan(x)
     if not missing.any():
-        return pyro.sample(name, distribution, obs=x)  # type: ignore[arg-type]
+        return pyro.sample(name, distribution, obs=x)
     return pyro.sample(name, masked(name, distribution, missing), obs=torch.where(missing, _inside(distribution), x))
 
 
@@ -229,7 +229,7 @@ class LoadedRows:
         if isinstance(self.loader.sampler, SubsetRandomSampler):
             return len(self.loader.sampler)
         try:
-            return len(self.loader.dataset)  # type: ignore[arg-type]
+            return len(self.loader.dataset)
         except TypeError:
             raise ValueError(
                 "the DataLoader's data set has no length, and N is needed to scale minibatches: give it __len__"

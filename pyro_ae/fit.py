@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import LoadedRows, as_rows
+from .data import LoadedRows, Rows, as_rows
 from .engines.nuts import nuts
 from .engines.run import Event, Run
 from .engines.svi import svi
@@ -80,11 +80,12 @@ def fit(
     with seeded(seed):
         rows = as_rows(data)
         rows.check_batch_size(batch_size)
-        held = None
+        held: Rows | LoadedRows | None = None
         if isinstance(validation, float) and isinstance(rows, LoadedRows):
             raise ValueError("a DataLoader cannot be split: pass the held-out data as validation=...")
         if isinstance(validation, float):
-            rows, held = rows.split(validation)  # type: ignore[union-attr]
+            assert isinstance(rows, Rows)
+            rows, held = rows.split(validation)
             rows.check_batch_size(batch_size)
         elif validation is not None:
             held = as_rows(validation)

@@ -76,10 +76,10 @@ class Parameters:
                 if id(p) not in seen:
                     seen.add(id(p))
                     named[f"{side}.{name}"] = p
-        for name, p in self._stored().items():
-            if id(p) not in seen:
-                seen.add(id(p))
-                named[name] = p
+        for name, stored in self._stored().items():
+            if id(stored) not in seen:
+                seen.add(id(stored))
+                named[name] = stored
         return named
 
     def trainable(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class Parameters:
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers that a module saves, such as running means."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for side, module in self.modules.items():
             kept = module.state_dict()
             found |= {f"{side}.{n}": b for n, b in module.named_buffers() if n in kept}

@@ -205,7 +205,7 @@ class Posterior:
     # -- local latents -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, data: Any = None, draws: int = 100) -> Tensor | dict[str, Tensor]:
+    def encode(self, data: Any = None, draws: int = 100) -> Any:
         """The posterior mean of each row's latents.
 
         It is the mean of the guide's distribution where the guide has one site, else an average over draws.
@@ -228,7 +228,7 @@ class Posterior:
         return _one({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
-    def reconstruct(self, data: Any = None, draws: int = 10) -> Tensor | dict[str, Tensor]:
+    def reconstruct(self, data: Any = None, draws: int = 10) -> Any:
         """The mean of the likelihood, averaged over draws of the latents given each row.
 
         Arguments:
@@ -250,7 +250,7 @@ class Posterior:
         return _one({n: torch.cat([p[n].mean(0) for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
-    def generate(self, n: int, *, mean: bool = False) -> Tensor | dict[str, Tensor]:
+    def generate(self, n: int, *, mean: bool = False) -> Any:
         """New rows: latents of a row from the prior, shared latents from the posterior, then the likelihood.
 
         Arguments:
@@ -377,7 +377,8 @@ class Posterior:
 
     def _blank(self, rows: int) -> Call:
         """A call that generates ``rows`` rows."""
-        if "size" in inspect.signature(self.model).parameters:
+        model = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        if "size" in inspect.signature(model).parameters:
             return Call((), {"size": rows})
         data = self._rows(None)
         if isinstance(data, LoadedRows):

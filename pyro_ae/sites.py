@@ -14,6 +14,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from torch.distributions import transform_to
 
 from .data import call_with
 from .plates import particle_plate
@@ -256,7 +257,13 @@ def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], ne
 
 def anywhere(site: Any) -> Tensor:
     """A value inside the support, also of a prior that cannot be sampled."""
-    return site["fn"].sample() if site["fn"].support.is_discrete else init_to_uniform(site)
+    if site["fn"].support.is_discrete:
+        return site["fn"].sample()
+    try:
+        return init_to_uniform(site)
+    except NotImplementedError:
+        transform = transform_to(site["fn"].support)
+        return transform(4 * torch.rand(transform.inverse_shape(site["fn"].shape())) - 2)
 
 
 def say_serial(reason: str) -> None:

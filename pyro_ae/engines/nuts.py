@@ -84,16 +84,16 @@ class nuts:
                 kept: list[tuple[dict[str, Tensor], dict[str, float]]] = []
                 chains.append(kept)
                 try:
-                    for i, (z, stats) in enumerate(self._chain(energy)):
+                    for i, (z, now) in enumerate(self._chain(energy)):
                         bar.update()
                         if i % 20 == 0 and run.progress:
                             where = "warm-up" if i < self.warmup else "draws"
                             bar.set_postfix_str(
-                                f"chain {chain + 1}/{self.chains} {where}, step size {stats['step_size']:.2g}",
+                                f"chain {chain + 1}/{self.chains} {where}, step size {now['step_size']:.2g}",
                                 refresh=False,
                             )
                         if i >= self.warmup:
-                            kept.append((z, stats))
+                            kept.append((z, now))
                 except KeyboardInterrupt:
                     interrupted = True
                     break
@@ -104,15 +104,12 @@ class nuts:
         kept_chains = [c for c in chains if len(c) == self.draws] or [c for c in chains[:1] if c]
         if not kept_chains:
             raise KeyboardInterrupt("interrupted during the warm-up of the first chain, before any draw")
-        draws = {
-            name: torch.stack([torch.stack([z[name] for z, _ in c]) for c in kept_chains]) for name in energy.transforms
-        }
-        stats = {name: torch.tensor([[s[name] for _, s in c] for c in kept_chains]) for name in kept_chains[0][0][1]}
+        draws = {n: torch.stack([torch.stack([z[n] for z, _ in c]) for c in kept_chains]) for n in energy.transforms}
+        recorded = {n: torch.tensor([[s[n] for _, s in c] for c in kept_chains]) for n in kept_chains[0][0][1]}
+        kinds = {"diverging": torch.bool, "tree_depth": torch.int64, "n_steps": torch.int64}
+        stats = {n: v.to(kinds.get(n, v.dtype)) for n, v in recorded.items()}
         with torch.no_grad():
             constrained = {n: v.cpu() for n, v in energy.constrain(draws).items()}
-        stats["diverging"] = stats["diverging"].bool()
-        for name in ("tree_depth", "n_steps"):
-            stats[name] = stats[name].long()
         return Posterior(
             program, data=run.data, method=repr(self), draws=constrained, stats=stats, interrupted=interrupted
         )

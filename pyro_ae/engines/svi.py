@@ -101,7 +101,7 @@ class svi:
         return _Fit(self, program, run).run()
 
     def _optimizer(self, named: Mapping[str, Tensor], lr: float) -> torch.optim.Optimizer:
-        make = self.optimizer or partial(torch.optim.Adam, fused=True)
+        make: Any = self.optimizer or partial(torch.optim.Adam, fused=True)
         if hasattr(make, "pt_optim_constructor"):  # one of Pyro's, with its arguments
             make = partial(make.pt_optim_constructor, **make.pt_optim_args)
         left = dict(named)
