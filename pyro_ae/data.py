@@ -229,7 +229,7 @@ class LoadedRows:
         if isinstance(self.loader.sampler, SubsetRandomSampler):
             return len(self.loader.sampler)
         try:
-            return len(self.loader.dataset)
+            return len(self.loader.dataset)  # type: ignore[arg-type]
         except TypeError:
             raise ValueError(
                 "the DataLoader's data set has no length, and N is needed to scale minibatches: give it __len__"

@@ -97,7 +97,6 @@ def fit(
             progress=progress,
             validation=held,
             callbacks=tuple(callbacks),
-            seed=seed,
         )
         return engine(model, guide, run)
 

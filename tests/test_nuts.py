@@ -165,7 +165,7 @@ def test_eight_schools_agrees_with_posteriordb(data_root):
         pytest.skip("needs posteriordb in the folder of data sets")
     data = json.loads((folder / "data" / "eight_schools.json").read_text())
     reference = json.loads((folder / "summaries" / "eight_schools-eight_schools_noncentered.json").read_text())
-    posterior = fit(schools, data, method=nuts(draws=750, warmup=500, target_accept=0.9), seed=0, progress=False)
+    posterior = fit(schools, data, method=nuts(draws=400, warmup=300, chains=4, target_accept=0.9), seed=0, progress=False)
     idata = posterior.to_arviz(groups=["posterior"])
     assert float(arviz.rhat(idata.posterior)[["mu", "tau"]].to_array().max()) < 1.02
     draws = {n: idata.posterior[n].values for n in ("mu", "tau", "theta")}
@@ -176,3 +176,24 @@ def test_eight_schools_agrees_with_posteriordb(data_root):
         ours, theirs = arviz.mcse(values), sd / np.sqrt(size)
         assert abs(values.mean() - mean) < 4 * np.hypot(ours, theirs), name
         assert abs(np.log(values.std() / sd)) < 0.12, name
+
+
+@pytest.mark.slow
+def test_simulation_based_calibration():
+    """The rank of a parameter among draws given data that it made is uniform (Talts et al., 2018)."""
+
+    def model(y=None):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+        with pyro.plate("data", 5):
+            return pyro.sample("y", dist.Exponential(rate), obs=y)
+
+    ranks = []
+    for seed in range(100):
+        torch.manual_seed(seed)
+        trace = pyro.poutine.trace(model).get_trace()
+        method = nuts(draws=180, warmup=60, chains=1)
+        draws = fit(model, trace.nodes["y"]["value"], method=method, seed=seed, progress=False).draws["rate"][0, ::20]
+        ranks.append(int((draws < trace.nodes["rate"]["value"]).sum()))
+    counts = np.bincount(np.array(ranks) // 2, minlength=5)  # nine draws: ranks 0 to 9, in five pairs
+    statistic = ((counts - 20) ** 2 / 20).sum()
+    assert statistic < 18.5, counts  # the 99.9% quantile of chi-squared with 4 degrees of freedom

@@ -41,7 +41,6 @@ class Run:
         progress: whether to show a bar.
         validation: held-out rows.
         callbacks: called with an :class:`Event` after each evaluation; one that returns True ends the fit.
-        seed: as given to ``fit``, for the record.
     """
 
     data: Rows | LoadedRows
@@ -51,7 +50,6 @@ class Run:
     progress: bool = True
     validation: Rows | LoadedRows | None = None
     callbacks: Iterable[Callable[[Event], Any]] = ()
-    seed: int | None = None
 
     @property
     def minibatched(self) -> bool:

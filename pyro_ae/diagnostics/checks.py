@@ -1,0 +1,380 @@
+"""The checks of a posterior: what each found, how bad that is, and what to do next."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from ..bounds import elbo, iwae
+from ..data import Call, LoadedRows, Rows
+from ..density import weigh
+from ..draws import CHUNK, encode
+from ..sites import Layout, inspect_sites, quote
+from ..types import Guide, Model
+from .groups import View, at_draws, look
+from .importance import effective_sample_size, pareto_k
+from .units import active_units
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+
+GOOD, USABLE, POOR = range(3)
+
+ENTRIES = 500
+"""Numbers of a model, at most, whose R-hat and ESS are worked out."""
+BUDGET = 2**32
+"""Elements of the largest site, over all particles, that a joint check may take."""
+RICHER = (
+    "use a richer guide (full rank, a mixture or a flow), train it with more particles (importance(iwae, 10)) or for "
+    "longer, or sample with nuts"
+)
+
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """Sentences with how bad they are, and figures."""
+
+    sentences: list[tuple[int, str]] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def add(self, level: int, sentence: str) -> None:
+        self.sentences.append((level, sentence))
+
+
+# -- chains --------------------------------------------------------------------------------------------------
+
+
+def check_chains(found: Findings, posterior: Posterior) -> None:
+    assert posterior.draws is not None
+    chains, draws = next(iter(posterior.draws.values())).shape[:2]
+    found.figures |= {"chains": chains, "draws": draws}
+    _mixing(found, posterior.draws, chains, draws)
+    stats = posterior.stats
+    if "diverging" in stats:
+        divergences = int(stats["diverging"].sum())
+        found.figures["divergences"] = divergences
+        if divergences:
+            found.add(
+                POOR if divergences > 0.01 * chains * draws else USABLE,
+                f"{divergences} of {chains * draws} draws diverged, so a region of high curvature was not explored: "
+                "raise target_accept (0.95 or 0.99), or reparameterise (a non-centred hierarchy).",
+            )
+    if "energy" in stats and draws > 1:
+        energy = stats["energy"].double()
+        bfmi = float((energy.diff(dim=1).square().mean(1) / energy.var(1, correction=0)).min())
+        found.figures["e_bfmi"] = bfmi
+        if not bfmi >= 0.3:
+            found.add(
+                USABLE,
+                f"E-BFMI is {bfmi:.2f} in the worst chain, below 0.3, so the chain changes its energy too slowly for "
+                "the tails: reparameterise, or use a longer warmup.",
+            )
+    deepest = re.search(r"max_tree_depth=(\d+)", posterior.method)
+    if "tree_depth" in stats and deepest:
+        share = float((stats["tree_depth"] >= int(deepest[1])).double().mean())
+        found.figures["tree_depth_saturated"] = share
+        if share > 0:
+            found.add(
+                USABLE if share > 0.01 else GOOD,
+                f"{share:.1%} of the trajectories were cut off at max_tree_depth={deepest[1]}, which is slow: raise "
+                "it, reparameterise, or use dense_mass=True.",
+            )
+
+
+def _mixing(found: Findings, sites: dict[str, Tensor], chains: int, draws: int) -> None:
+    """R-hat and effective sample sizes of the sites' numbers, or of some of them where they are many."""
+    if draws < 4:
+        found.add(POOR, f"Each chain has {draws} draws, too few to judge: draw more.")
+        return
+    rhat, bulk, tail = {}, {}, {}
+    for name, value in sites.items():
+        flat = value.detach().cpu().double().flatten(2) if value.dim() > 2 else value.cpu().double().unsqueeze(-1)
+        moves = ~(flat == flat[:1, :1]).all(0).all(0)  # others are fixed by the support, as in a Cholesky factor
+        if not torch.isfinite(flat).all():
+            found.add(POOR, f"Site '{name}' has draws that are not finite: look at its prior and its support.")
+            continue
+        if not moves.any():
+            found.add(
+                POOR, f"The draws of site '{name}' are all the same: the chains never moved. Lengthen the warmup."
+            )
+            continue
+        index = moves.nonzero().squeeze(-1)
+        index = index[torch.randperm(len(index))[: max(1, ENTRIES // len(sites))]]
+        for i in index.tolist():
+            where = (
+                ", ".join(str(int(k)) for k in np.unravel_index(i, tuple(value.shape[2:]))) if value.dim() > 2 else ""
+            )
+            label = f"{name}[{where}]" if where else name
+            rhat[label], bulk[label], tail[label] = _rhat_and_ess(flat[..., i].numpy())
+    if not rhat:
+        return
+    found.figures["entries"] = len(rhat)
+    if chains == 1:
+        found.add(
+            USABLE, "There is a single chain, and R-hat needs two or more: it cannot be told whether chains agree."
+        )
+    else:
+        worst = max(rhat, key=lambda n: rhat[n])
+        found.figures["r_hat"] = rhat[worst]
+        if rhat[worst] <= 1.01:
+            found.add(GOOD, f"R-hat is at most {rhat[worst]:.3f} ({worst}): the {chains} chains agree.")
+        else:
+            found.add(
+                USABLE if rhat[worst] <= 1.05 else POOR,
+                f"R-hat is {rhat[worst]:.4g} for {worst}, above 1.01, so the {chains} chains have not come to agree: "
+                "use a longer warmup and more draws; if it stays, reparameterise, or look for several modes.",
+            )
+    for kind, values in (("bulk", bulk), ("tail", tail)):
+        worst = min(values, key=lambda n: values[n])
+        size = values[worst]
+        found.figures[f"ess_{kind}"] = size
+        text = f"The {kind} effective sample size is {size:.0f} for {worst}"
+        if size >= 100 * chains:
+            found.add(GOOD, f"{text}, at least 100 a chain: enough draws.")
+        else:
+            found.add(
+                USABLE if size >= 25 * chains else POOR,
+                f"{text}, fewer than 100 a chain: take {min(100, math.ceil(100 * chains / max(size, 1.0)))} times as "
+                "many draws, or reparameterise.",
+            )
+
+
+def _rhat_and_ess(draws: np.ndarray) -> tuple[float, float, float]:
+    """Rank-normalised R-hat and the effective sample sizes of bulk and tail, of ``[chains, draws]``."""
+    import arviz
+
+    with np.errstate(all="ignore"):
+        rhat = float(arviz.rhat(draws)) if len(draws) > 1 else math.nan
+        bulk, tail = float(arviz.ess(draws, method="bulk")), float(arviz.ess(draws, method="tail", prob=(0.05, 0.95)))
+    # what cannot be worked out, of a chain that stands still, is as bad as can be
+    return math.inf if math.isnan(rhat) else rhat, 0.0 if math.isnan(bulk) else bulk, 0.0 if math.isnan(tail) else tail
+
+
+# -- guides --------------------------------------------------------------------------------------------------
+
+
+def check_guide(found: Findings, posterior: Posterior, data: Any, rows: int, particles: int) -> None:
+    """Weights that would turn the guide's draws into the posterior's, on ``rows`` of the rows where they can be."""
+    program = posterior.program
+    assert program.guide is not None
+    held = posterior._rows(data)
+    samples = _samples(held, rows, program.device)
+    some, index, view = _first(samples, lambda batch: look(program, batch), lambda view: bool(view.common))
+    if view.undrawn:
+        what = f"The latents {quote(view.undrawn)} are enumerated and have no draws"
+        found.add(USABLE, f"{what}, so the guide cannot be weighed: compare it with another fit.")
+        return
+    if view.subsampled:
+        plate = next(iter(view.subsampled.values()))
+        what = f"Plate '{plate}' takes a new subsample in each run, so the guide cannot be weighed"
+        found.add(USABLE, f"{what}: write pyro.plate('{plate}', len(x)) and pass batch_size to fit.")
+        return
+    if isinstance(held, LoadedRows) and not view.common:
+        what = "The rows share latents, and a DataLoader brings them in batches, so the guide cannot be weighed"
+        found.add(USABLE, f"{what}: pass all rows at once, as report(data).")
+        return
+    pair = at_draws(program, some, view, ["posterior"], None, 2)["posterior"]
+    points = [n for n, v in pair.items() if v.is_floating_point() and v.numel() and torch.equal(v[0], v[1])]
+    if points:
+        what = f"The guide draws the same value of {quote(points)} each time: a point, without uncertainty"
+        found.add(POOR, f"{what}. Use a guide with a spread, such as AutoNormal, or nuts.")
+        return
+    model, guide = program.model.fn, program.guide.fn
+    if view.common:
+        log_w = _log_weights(model, guide, some, view.layout, particles)
+        _rows_findings(found, _take(log_w, index), "")
+    else:
+        most = max(100, BUDGET // view.largest)
+        _joint_findings(
+            found, _log_weights(model, guide, some, view.layout, min(particles, most)), local=bool(posterior.local)
+        )
+        if posterior.local:
+            _given_shared(found, posterior, samples, some, view, particles)
+    if posterior.local:
+        _units(found, posterior, some, view, index)
+
+
+Sample = tuple[Call, Tensor | None]
+"""A call, and which of its rows are meant, or None for all."""
+
+
+def _samples(rows: Rows | LoadedRows, most: int, device: torch.device) -> list[Sample]:
+    """Some of the rows, spread evenly; and all of them, for guides that have parameters for each row."""
+    if isinstance(rows, LoadedRows):
+        return [(next(rows.batches(device=device)), None)]
+    if rows.size is None or rows.size <= most:
+        return [(rows.call(), None)]
+    index = torch.linspace(0, rows.size - 1, most, device="cpu").round().long()
+    return [(rows.take(index).call(), None), (rows.call(), index)]
+
+
+def _first(
+    samples: list[Sample], make: Callable[[Call], T], fits: Callable[[T], bool]
+) -> tuple[Call, Tensor | None, T]:
+    """The first sample that what is made of it fits, or the last."""
+    for batch, index in samples[:-1]:
+        try:
+            made = make(batch)
+        except (ValueError, RuntimeError, IndexError):
+            continue
+        if fits(made):
+            return batch, index, made
+    batch, index = samples[-1]
+    return batch, index, make(batch)
+
+
+def _take(values: Tensor, index: Tensor | None) -> Tensor:
+    return values if index is None else values[:, index]
+
+
+def _log_weights(model: Model, guide: Guide, batch: Call, layout: Layout, particles: int) -> Tensor:
+    """Log-weights ``[K, rows]``, or ``[K, 1]`` where they are joint."""
+    largest = max([1, *(s.shape.numel() for s in (*layout.model.values(), *layout.guide.values()))])
+    size = max(1, CHUNK // largest)
+    parts = []
+    for start in range(0, particles, size):
+        part = weigh(model, guide, batch, min(size, particles - start), layout=layout).log_weights
+        parts.append(part.reshape(len(part), -1).cpu())
+    return torch.cat(parts)
+
+
+def _rows_findings(found: Findings, log_w: Tensor, given: str) -> None:
+    """What the weights say of rows that are weighed one by one."""
+    particles, rows = log_w.shape
+    if not _finite(found, log_w):
+        return
+    k, gap = pareto_k(log_w), float((iwae(log_w) - elbo(log_w)).mean())
+    share = float((effective_sample_size(log_w) / particles).median())
+    bad, median = float((~(k <= 0.7)).double().mean()), float(k.median())
+    found.figures |= {"rows": rows, "particles": particles, "k_hat_median": median, "k_hat_above_0.7": bad}
+    found.figures |= {
+        "ess_share": share,
+        "elbo": float(elbo(log_w).mean()),
+        "iwae": float(iwae(log_w).mean()),
+        "gap": gap,
+    }
+    text = f"k-hat is above 0.7 in {bad:.0%} of {rows} rows, with a median {_of(median)}{given}"
+    if bad <= 0.05 and median <= 0.5:
+        found.add(GOOD, f"{text}: the guide reaches the tails of the posterior.")
+    else:
+        level = USABLE if bad <= 0.25 and median <= 0.7 else POOR
+        found.add(level, f"{text}, where the guide is too narrow or misplaced: {RICHER}.")
+    _worth(found, share, gap, given=given)
+
+
+def _joint_findings(found: Findings, log_w: Tensor, local: bool) -> None:
+    """What the weights say of all latents together."""
+    particles = len(log_w)
+    if not _finite(found, log_w):
+        return
+    k, share = float(pareto_k(log_w)), float(effective_sample_size(log_w) / particles)
+    gap = float(iwae(log_w) - elbo(log_w))
+    found.figures |= {"joint_particles": particles, "joint_k_hat": k, "joint_ess_share": share, "joint_gap": gap}
+    text = f"The joint k-hat of all latents is {_of(k).removeprefix('of ')}"
+    if k <= 0.5:
+        found.add(GOOD, f"{text}: the guide reaches the tails of the posterior.")
+    elif local:  # it adds up over rows, each of which may be fine
+        found.add(
+            USABLE, f"{text}, over 0.5. It grows with the rows, so go by those of the rows; if they are bad, {RICHER}."
+        )
+    elif k <= 0.7:
+        found.add(USABLE, f"{text}, over 0.5: {RICHER}.")
+    else:
+        found.add(POOR, f"{text}, over 0.7, so the guide is too narrow or misplaced: {RICHER}, or reparameterise.")
+    _worth(found, share, gap, joint=USABLE if local else POOR)
+
+
+def _worth(found: Findings, share: float, gap: float, *, given: str = "", joint: int | None = None) -> None:
+    """What the draws are worth as they are, and with their weights; ``joint`` is how bad joint weights can be."""
+    text = f"The {'joint gap' if joint else 'gap'} from ELBO to IWAE is {max(gap, 0.0):.2f} nats"
+    text += "" if joint else f" a row{given}"
+    if gap <= 0.5:
+        found.add(GOOD, f"{text}: the draws can be used as they are.")
+    else:
+        cure = "weigh them (sample_stats of to_arviz has log_weight), or use a richer guide"
+        found.add(USABLE, f"{text}, over 0.5, so the draws differ from the posterior's as they are: {cure}.")
+    text = f"{'Jointly weighted' if joint else 'Weighted'}, the draws are worth {share:.1%} of as many of the posterior"
+    text += given
+    if share >= 0.1:
+        found.add(GOOD, f"{text}: averages over them need {1 / share:.1f} times as many draws.")
+    else:
+        level = min(joint or POOR, USABLE if share >= 0.01 else POOR)
+        found.add(level, f"{text}, under 10%: averages need {1 / share:.0f} times as many draws, or a richer guide.")
+
+
+def _of(k: float) -> str:
+    return "below 0" if k < 0 else f"of {k:.2f}"
+
+
+def _finite(found: Findings, log_w: Tensor) -> bool:
+    bad = int((log_w.isnan() | (log_w == math.inf)).any(0).sum() + (log_w == -math.inf).all(0).sum())
+    if bad:
+        where = f"in {bad} of {log_w.shape[1]} rows " if log_w.shape[1] > 1 else ""
+        found.add(POOR, f"The weights of the guide's draws are not finite {where}: look at the supports and the data.")
+    return not bad
+
+
+def _given_shared(
+    found: Findings, posterior: Posterior, samples: list[Sample], batch: Call, view: View, particles: int
+) -> None:
+    """The rows' own latents, given one draw of those that they share: for each row a weight of its own."""
+    program = posterior.program
+    assert program.guide is not None
+    values = at_draws(program, batch, view, ["posterior"], None, 1)["posterior"]
+    given = {n: v[0].to(program.device) for n, v in values.items() if n not in posterior.local}
+
+    def outside(message: dict) -> bool:
+        return message["type"] == "sample" and all(f.name != program.plate for f in message["cond_indep_stack"])
+
+    def condition(fn: Any) -> Any:
+        return poutine.block(poutine.condition(fn, data=given), hide_fn=outside)
+
+    model, guide = condition(program.model.fn), condition(program.guide.fn)
+
+    def weigh_rows(some: Call) -> Tensor:
+        layout = inspect_sites(model, guide, some)
+        layout.checked, layout.serial = True, view.layout.serial
+        return _log_weights(model, guide, some, layout, particles)
+
+    size = view.layout.plates[str(program.plate)]
+    some, index, log_w = _first(samples, weigh_rows, lambda log_w: log_w.shape[1] > 1)
+    if log_w.shape[1] > 1 or size == 1:
+        _rows_findings(found, _take(log_w, index), " given one draw of the shared latents")
+
+
+def _units(found: Findings, posterior: Posterior, batch: Call, view: View, index: Tensor | None) -> None:
+    """How many dimensions of the rows' real latents move with the data."""
+    real = [n for n in posterior.local if _is_real(view.layout.model[n].support)]
+    if not real:
+        return
+    means = {n: v for n, v in encode(posterior.program, batch, 100).items() if n in real}
+    means = {n: v if index is None else v[index] for n, v in means.items()}
+    means = {n: v.flatten(1) if v.dim() > 1 else v.unsqueeze(1) for n, v in means.items() if len(v) > 1}
+    if not means:
+        return
+    active = sum(int(active_units(v).sum()) for v in means.values())
+    units = sum(v.shape[1] for v in means.values())
+    found.figures |= {"units": units, "active_units": active}
+    if active < units:
+        found.add(
+            GOOD if active else USABLE,
+            f"{units - active} of {units} latent dimensions are inactive: their posterior mean is the same for every "
+            "row. A smaller latent would do; or let the weight of the KL grow from 0 over the first epochs.",
+        )
+
+
+def _is_real(support: Any) -> bool:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is constraints.real

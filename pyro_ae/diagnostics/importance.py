@@ -1,0 +1,96 @@
+"""How well a guide's draws can stand for the posterior: functions of log-weights ``[K, *batch]``."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FEWEST = 50
+"""Draws below which a tail has too few of them to be fitted."""
+
+FLAT = 1e-3
+"""Log-weights that differ by less are equal, up to the rounding of float32."""
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    r"""How many draws of the posterior itself the weighted draws are worth.
+
+    .. math:: \frac{(\sum_k w_k)^2}{\sum_k w_k^2}
+
+    Between 1 (one draw has all the weight) and K (the guide is the posterior). It is optimistic where the guide
+    misses a part of the posterior that no draw fell in; :func:`pareto_k` often shows that.
+
+    References:
+        A Note on Importance Sampling using Standardized Weights (Kong, 1992), as derived in
+        Rethinking the Effective Sample Size (Elvira, Martino and Robert, 2018) https://arxiv.org/abs/1809.04129
+
+    Arguments:
+        log_weights: ``[K, *batch]``, in nats; they need not be normalised.
+
+    Returns:
+        ``[*batch]``.
+
+    Example:
+        >>> effective_sample_size(torch.tensor([[0.0], [0.0], [-100.0]]))
+        tensor([2.])
+    """
+    log_weights = log_weights.double()
+    return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp().to(torch.get_default_dtype())
+
+
+def pareto_k(log_weights: Tensor) -> Tensor:
+    r"""The shape of the importance weights' upper tail, k-hat of Pareto smoothed importance sampling.
+
+    .. math:: P(w > t) \sim t^{-1 / k}
+
+    Weights have a finite variance for k below 1/2 and a finite mean below 1. Above 0.7 no practical number of draws
+    makes up for the guide; below 0.5 the guide is close to the posterior. Weights that are bounded have k below 0, and
+    where all in the tail are equal there is nothing to fit and k is minus infinity.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao and Gabry, 2024)
+        https://arxiv.org/abs/1507.02646
+        Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson and Gelman, 2018)
+        https://arxiv.org/abs/1802.02538
+
+    Arguments:
+        log_weights: ``[K, *batch]``, in nats, with K of at least 50.
+
+    Returns:
+        ``[*batch]``; infinity where the tail holds fewer than five draws, NaN where a weight is NaN or infinite.
+
+    Raises:
+        ValueError: for fewer than 50 draws.
+
+    Example:
+        >>> z = torch.randn(4000, 3)
+        >>> bool((pareto_k(0.25 * z**2) > 0.2).all())  # P(w > t) ~ t^-2, k = 1/2
+        True
+    """
+    draws = log_weights.shape[0]
+    if draws < FEWEST:
+        raise ValueError(f"k-hat is fitted to the largest of the weights and needs {FEWEST} draws or more, got {draws}")
+    flat = log_weights.detach().double().cpu().reshape(draws, -1)
+    tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+    largest = flat.topk(tail + 1, 0).values
+    fitted = ~(largest[0] - largest[-1] < FLAT)
+    usable = torch.isfinite(flat.amax(0)) & ~flat.isnan().any(0)
+    k = torch.where(usable, -torch.inf, torch.nan).double()
+    rows = fitted & usable
+    if rows.any():
+        k[rows] = torch.as_tensor(_fit(flat.T[rows].numpy()))
+    return k.reshape(log_weights.shape[1:]).to(torch.get_default_dtype())
+
+
+def _fit(log_weights: np.ndarray) -> np.ndarray:
+    """k-hat of each row of ``[rows, K]``, by whichever ArviZ there is."""
+    import arviz
+
+    if "psislw" in vars(arviz):  # 0.x
+        return arviz.psislw(log_weights)[1]
+    from arviz_stats.base import array_stats
+
+    return array_stats.psislw(log_weights)[1]
