@@ -165,7 +165,8 @@ def test_eight_schools_agrees_with_posteriordb(data_root):
         pytest.skip("needs posteriordb in the folder of data sets")
     data = json.loads((folder / "data" / "eight_schools.json").read_text())
     reference = json.loads((folder / "summaries" / "eight_schools-eight_schools_noncentered.json").read_text())
-    posterior = fit(schools, data, method=nuts(draws=400, warmup=300, chains=4, target_accept=0.9), seed=0, progress=False)
+    method = nuts(draws=400, warmup=300, chains=4, target_accept=0.9)
+    posterior = fit(schools, data, method=method, seed=0, progress=False)
     idata = posterior.to_arviz(groups=["posterior"])
     assert float(arviz.rhat(idata.posterior)[["mu", "tau"]].to_array().max()) < 1.02
     draws = {n: idata.posterior[n].values for n in ("mu", "tau", "theta")}

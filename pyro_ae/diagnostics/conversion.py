@@ -59,10 +59,10 @@ def to_arviz(
             more than 2 GiB; for data that only a ``DataLoader`` brings.
 
     Example:
-        >>> from pyro_ae import fit
+        >>> from pyro_ae import fit, svi
         >>> from pyro_ae.models import ppca
         >>> model, guide, x = ppca.example()
-        >>> posterior = fit(model, x, guide=guide, seed=0, progress=False)
+        >>> posterior = fit(model, x, guide=guide, method=svi(steps=10), progress=False)
         >>> dict(to_arviz(posterior, 50)["posterior"]["z"].sizes)
         {'chain': 1, 'draw': 50, 'data': 16, 'z_dim_0': 2}
     """
