@@ -93,7 +93,7 @@ def fit(
             data=rows,
             batch_size=batch_size,
             plate=plate,
-            device=_device(device),
+            device=find_device(device),
             progress=progress,
             validation=held,
             callbacks=tuple(callbacks),
@@ -116,10 +116,14 @@ def _engine(method: str | Engine) -> Engine:
     return METHODS[method]()
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
+    """A GPU for ``"auto"`` where there is one, else what was asked for; an error where it is not there."""
     if device == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return torch.device(device)
+    try:
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot compute on device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def module_of(fn: Any) -> nn.Module | None:
@@ -38,6 +39,7 @@ class Parameters:
         self.modules = {
             side: module for side, fn in (("model", model), ("guide", guide)) if (module := module_of(fn)) is not None
         }
+        self.registered: dict[str, nn.Module] = {}  # prefix in the param store to what only pyro.module knows
         self._store: Any = {"params": {}, "constraints": {}}
         self._depth = 0
 
@@ -63,6 +65,37 @@ class Parameters:
             self._store = store.get_state()
             store.clear()
             store.set_state(outer)
+
+    @contextmanager
+    def discover(self) -> Iterator[None]:
+        """See a first run of the program: keep the networks that it registers, and own what it makes.
+
+        Networks of a plain function are known by the parameters that ``pyro.module`` stored; their buffers and
+        their mode are the program's as well. A tensor that ``pyro.param`` was given is the user's: two fits of one
+        function would train the same.
+        """
+        called: list[nn.Module] = []
+        hook = register_module_forward_pre_hook(lambda module, _: called.append(module))
+        before = set(self._stored())
+        try:
+            yield
+        finally:
+            hook.remove()
+        with self.scope():
+            store = pyro.get_param_store()
+            for name, p in list(store._params.items()):
+                if name not in before and not isinstance(p, nn.Parameter):
+                    store._param_to_name.pop(p)
+                    store._params[name] = own = p.detach().clone().requires_grad_()
+                    store._param_to_name[own] = name
+            names = {id(p): name for name, p in store._params.items() if "$$$" in name}
+        for module in called:
+            prefixes = (names[id(p)].removesuffix(n) for n, p in module.named_parameters() if id(p) in names)
+            self.registered |= {prefix: module for prefix in [*prefixes][:1]}
+
+    @property
+    def _all_modules(self) -> dict[str, nn.Module]:
+        return {f"{side}.": module for side, module in self.modules.items()} | self.registered
 
     def _stored(self) -> Mapping[str, Tensor]:
         return pyro.get_param_store()._params if self._depth else self._store["params"]
@@ -98,9 +131,13 @@ class Parameters:
     def buffers(self) -> dict[str, Tensor]:
         """Buffers that a module saves, such as running means."""
         found: dict[str, Tensor] = {}
-        for side, module in self.modules.items():
+        seen: set[int] = set()
+        for prefix, module in self._all_modules.items():
             kept = module.state_dict()
-            found |= {f"{side}.{n}": b for n, b in module.named_buffers() if n in kept}
+            for name, buffer in module.named_buffers():
+                if name in kept and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    found[prefix + name] = buffer
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -128,7 +165,7 @@ class Parameters:
                 tensor.copy_(state[name])
 
     def to(self, device: torch.device) -> None:
-        for module in self.modules.values():
+        for module in self._all_modules.values():
             module.to(device)
         for p in self.named().values():
             p.data = p.data.to(device)
@@ -136,8 +173,9 @@ class Parameters:
     @contextmanager
     def mode(self, train: bool) -> Iterator[None]:
         """Modules in training or evaluation mode, and afterwards as they were."""
-        before = [(m, m.training) for module in self.modules.values() for m in module.modules()]
-        for module in self.modules.values():
+        modules = self._all_modules.values()
+        before = [(m, m.training) for module in modules for m in module.modules()]
+        for module in modules:
             module.train(train)
         try:
             yield

@@ -71,7 +71,7 @@ class Program:
             ValueError: where guide and model do not fit, or the plate is not there.
         """
         self.parameters.to(self.device)
-        with self.active(train=True):
+        with self.active(train=True), self.parameters.discover():
             if self.guide is None and automatic:
                 self._automatic_guide(batch)
             try:

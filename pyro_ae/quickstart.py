@@ -23,7 +23,7 @@ from .density import log_weights
 from .diagnostics import page, plots
 from .diagnostics.importance import pareto_k
 from .engines.svi import svi
-from .fit import fit, seeded
+from .fit import find_device, fit, seeded
 from .guides.amortized import Amortized
 from .guides.mean_field import MeanField
 from .losses import importance
@@ -100,7 +100,7 @@ def run(
         model, guide = build(latent)
     loss = importance(iwae, particles)
     method = svi(loss=loss, lr=1e-2, epochs=epochs, schedule="cosine", early_stopping=30)
-    _check_device(device)
+    find_device(device)  # a mistake in it is said before anything is written
     _make_folder(out)
     digits = datasets.load("digits")
     assert digits.validation is not None and digits.test is not None
@@ -140,13 +140,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=None if device == "auto" else device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot compute on device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def _duration(seconds: float) -> str:

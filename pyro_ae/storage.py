@@ -56,13 +56,12 @@ def _check_target(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, and a posterior is a folder: give another name")
     names = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    if not names:
-        return
-    if set(names) <= {MANIFEST, PARAMETERS, DRAWS} and MANIFEST in names:
-        _read_manifest(path)  # a file of that name that is not ours is not replaced
-        return
-    held = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
-    raise ValueError(f"{path} holds something other than a posterior ({held}): give a new or empty folder")
+    known = MANIFEST in names and set(names) <= {MANIFEST, PARAMETERS, DRAWS}
+    # even a damaged posterior may be replaced
+    ours = known and FORMAT in (path / MANIFEST).read_text("utf-8", errors="replace")
+    if names and not ours:
+        held = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+        raise ValueError(f"{path} holds something other than a posterior ({held}): give a new or empty folder")
 
 
 def _take_place(made: Path, target: Path) -> None:

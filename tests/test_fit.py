@@ -371,3 +371,37 @@ def test_public_names():
         "svi",
     ]
     assert sorted(pyro_ae.__all__) == expected
+
+
+def test_networks_that_only_pyro_module_knows_are_the_fits_in_full():
+    """Their buffers are state, and their mode is set: BatchNorm learns in training and holds still afterwards."""
+    norm = nn.BatchNorm1d(5)
+
+    def guide(x):
+        pyro.module("norm", norm)
+        with pyro.plate("data", len(x)):
+            h = norm(x)
+            pyro.sample("z", dist.Normal(h[:, :2], 1.0).to_event(1))
+
+    model, x = ppca(rows=16)
+    posterior = fit(model, x + 3.0, guide=guide, method=quick(), progress=False)
+    assert "norm$$$running_mean" in posterior.program.parameters.state()
+    assert norm.running_mean.abs().sum() > 0
+    learnt = norm.running_mean.clone()
+    assert posterior.encode(x[:1]).shape == (1, 2), "one row has no batch statistics"
+    assert torch.equal(norm.running_mean, learnt)
+
+
+def test_a_tensor_that_pyro_param_starts_from_is_left_alone():
+    start = torch.tensor(0.0)
+
+    def model(y):
+        loc = pyro.param("loc", start)
+        pyro.sample("y", dist.Normal(loc, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    fits = [
+        fit(model, torch.full((5,), v), guide=lambda y: None, method=svi(lr=0.1, steps=200), progress=False)
+        for v in (1.0, -1.0)
+    ]
+    assert [round(f.params["loc"].item(), 1) for f in fits] == [1.0, -1.0]
+    assert start == 0

@@ -172,8 +172,7 @@ def test_chains(tmp_path: Path, chains: Posterior) -> None:
     assert loaded.guide is None and loaded.draws and chains.draws
     assert_same(loaded.draws, chains.draws)
     assert_same(loaded.stats, chains.stats)
-    assert loaded.draws["mu"].shape == (2, 6) and loaded.draws["effect/a"].shape == (2, 6, 4)
-    assert (loaded.stats["diverging"].dtype, loaded.stats["tree_depth"].dtype) == (torch.bool, torch.int64)
+    assert loaded.draws["mu"].shape == (2, 6) and loaded.stats["tree_depth"].dtype == torch.int64
     assert_same(drawn(loaded), drawn(chains))
     assert_same(drawn(loaded, SCHOOLS, "predict"), drawn(chains, None, "predict"))
     assert repr(Posterior.load(path, schools, data=SCHOOLS)) == repr(chains)
@@ -210,21 +209,21 @@ def test_data_loader(tmp_path: Path) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()  # an empty folder will do
     path = fitted(amortized(), torch.full((3, 5), 1234.5)).save(tmp_path / "p")
     assert [f.name for f in tmp_path.iterdir()] == ["p"], "temporary folders are left"
     assert sorted(f.name for f in path.iterdir()) == [PARAMETERS, JSON]
     manifest = json.loads((path / JSON).read_text())
     assert "1234.5" not in (path / JSON).read_text(), "the data was written"
     assert manifest["data"]["entries"] == {"0": {"shape": [3, 5], "dtype": "float32", "missing": False}}
-    assert (manifest["kind"], manifest["guide"], manifest["total"], manifest["plate"]) == ("guide", "given", 3, "data")
+    assert [manifest[name] for name in ("kind", "guide", "total", "plate")] == ["guide", "given", 3, "data"]
     assert (manifest["sites"]["z"]["event"], manifest["sites"]["x"]["kind"]) == ([2], "observed")
 
 
 def test_a_posterior_is_replaced_and_else_nothing(tmp_path: Path) -> None:
     first, second = made("amortised"), made("functions")
     path, link, other, file = (tmp_path / name for name in ("p", "link", "other", "file"))
-    path.mkdir()
-    first.save(path)  # empty
+    first.save(path)
     link.symlink_to(path)
     assert second.save(link) == link and link.is_symlink()
     assert_same(Posterior.load(path, *functions()).params, second.params)
@@ -234,13 +233,13 @@ def test_a_posterior_is_replaced_and_else_nothing(tmp_path: Path) -> None:
     assert (path / "notes.txt").read_text() == "mine"
     other.mkdir()
     (other / "posterior.json").write_text('{"format": "of someone else"}')
-    with pytest.raises(ValueError, match="other.posterior.json is not of a posterior"):
+    with pytest.raises(ValueError, match=r"other holds something other than a posterior \(posterior.json"):
         first.save(other)
     file.touch()
     for below, message in {file: "file is a file", file / "below": "cannot write .*below: .*Give a folder"}.items():
         with pytest.raises(ValueError, match=message):
             first.save(below)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "link", "other", "p"]
+    assert {f.name for f in tmp_path.iterdir()} == {"file", "link", "other", "p"}
 
 
 @pytest.mark.parametrize("fails", ["mkdir", "replace", "second replace", "save_file"])
@@ -299,6 +298,8 @@ def test_damage_is_named(tmp_path: Path, chains: Posterior, damage: str) -> None
     spoil(path / name)
     refused(message, path, schools)
     refused("no posterior at .*nowhere: it is not there", tmp_path / "nowhere", schools)
+    if damage in ("truncated JSON", "no draws"):  # it can be saved anew
+        Posterior.load(chains.save(path), schools)
 
 
 def tiny(family: Any = dist.Normal, size: int = 2, second: float = 1.0, width: float = 0.0, **names: str) -> Any:

@@ -77,7 +77,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
     largest = flat.topk(tail + 1, 0).values
     fitted = ~(largest[0] - largest[-1] < FLAT)
-    usable = torch.isfinite(flat.amax(0)) & ~flat.isnan().any(0)
+    usable = torch.isfinite(flat.amax(0))  # of which a NaN makes a NaN
     k = torch.where(usable, -torch.inf, torch.nan).double()
     rows = fitted & usable
     if rows.any():
