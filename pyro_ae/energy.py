@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median, init_to_sample, init_to_uniform
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from .data import call_with
 from .density import first_bad_site
-from .sites import Recorder, inspect_sites, site_log_prob
+from .sites import Recorder, anywhere, draw_or_any, inspect_sites, site_log_prob
 from .types import Draws, Model
 
-INITS = {"prior": init_to_sample, "median": init_to_median, "uniform": init_to_uniform}
+
+def _median(site: Any) -> Tensor:
+    try:
+        return init_to_median(site)
+    except NotImplementedError:  # improper
+        return anywhere(site)
+
+
+INITS = {"prior": draw_or_any, "median": _median, "uniform": anywhere}
 
 
 class Energy:
@@ -93,7 +101,7 @@ class Energy:
             raise ValueError(f"unknown init {strategy!r}; known are {', '.join(INITS)}")
         args, kwargs = call_with(self.batch)
         for attempt in range(tries):
-            init = INITS[strategy] if attempt < tries // 2 else init_to_uniform
+            init = INITS[strategy] if attempt < tries // 2 else anywhere
             with torch.no_grad(), Recorder() as r, InitMessenger(init):
                 self.model(*args, **kwargs)
             values = {n: r.sites[n]["value"].detach() for n in self.transforms}

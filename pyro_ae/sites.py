@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import biject_to
 
 from .data import call_with
 from .plates import particle_plate
@@ -158,7 +158,7 @@ def inspect_sites(model: Model, guide: Guide | None, batch: Any) -> Layout:
             with q:
                 guide(*args, **kwargs)
             values = {name: site["value"] for name, site in q.sites.items()}
-        with InitMessenger(anywhere) if guide is None else nullcontext(), Recorder(values) as p:
+        with InitMessenger(draw_or_any) if guide is None else nullcontext(), Recorder(values) as p:
             model(*args, **kwargs)
     sites = [s for s in (*q.sites.values(), *p.sites.values()) if not site_is_subsample(s)]
     nesting = max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
@@ -225,7 +225,7 @@ def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], ne
     args, kwargs = call_with(batch)
 
     def run(values: Draws) -> Recorder:
-        with InitMessenger(anywhere), Recorder(values) as r:
+        with InitMessenger(draw_or_any), Recorder(values) as r:
             fn(*args, **kwargs)
         return r
 
@@ -237,6 +237,7 @@ def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], ne
         for name, site in sites.items():
             if site.kind in ("latent", "auxiliary"):
                 values[name] = pad_particles(torch.stack([r.sites[name]["value"] for r in alone]), site, nesting)
+        expected = [{s["name"]: site_log_prob(s).sum() for s in r.scored} for r in (*alone, again)]
         try:
             with particle_plate(2, nesting):
                 together = run(values)
@@ -246,24 +247,27 @@ def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], ne
         for name, log_prob in densities.items():
             if log_prob.dim() > nesting + 1:
                 return f"site '{name}' has batch shape {tuple(log_prob.shape)}, more than its plates and particles"
-            expected = [site_log_prob(r.sites[name]).sum() for r in alone]
-            found = list(log_prob.reshape(2, -1).sum(1)) if log_prob.dim() > nesting else [log_prob.sum()] * 2
-            if not torch.allclose(site_log_prob(again.sites[name]).sum(), expected[0], equal_nan=True):
+            first, second, repeated = (e[name] for e in expected)
+            found = log_prob.reshape(2, -1).sum(1) if log_prob.dim() > nesting else log_prob.sum().expand(2)
+            if not torch.allclose(repeated, first, equal_nan=True):
                 return None
-            if not torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-3, atol=1e-3, equal_nan=True):
+            if not torch.allclose(found, torch.stack([first, second]), rtol=1e-3, atol=1e-3, equal_nan=True):
                 return f"site '{name}' has another density when particles are run together"
     return None
 
 
 def anywhere(site: Any) -> Tensor:
-    """A value inside the support, also of a prior that cannot be sampled."""
-    if site["fn"].support.is_discrete:
-        return site["fn"].sample()
+    """A value in the support, uniform in (-2, 2) before it is constrained."""
+    transform = biject_to(site["fn"].support)
+    return transform(4.0 * torch.rand(transform.inverse_shape(site["fn"].shape())) - 2.0)
+
+
+def draw_or_any(site: Any) -> Tensor:
+    """A draw, or a value anywhere in the support where the prior is improper and cannot be drawn from."""
     try:
-        return init_to_uniform(site)
+        return site["fn"].sample()
     except NotImplementedError:
-        transform = transform_to(site["fn"].support)
-        return transform(4 * torch.rand(transform.inverse_shape(site["fn"].shape())) - 2)
+        return anywhere(site)
 
 
 def say_serial(reason: str) -> None:

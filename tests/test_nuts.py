@@ -109,6 +109,19 @@ def test_local_latents_are_sampled_too():
         posterior.sample(data=torch.zeros(4))
 
 
+def test_an_improper_prior_and_one_that_stays_positive_by_itself():
+    """The first cannot be drawn from; the second must not be tried where it never is."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        sigma = pyro.sample("sigma", dist.Normal(10.0, 0.1))
+        pyro.sample("y", dist.Normal(mu, sigma).expand([len(y)]).to_event(1), obs=y)
+
+    y = 5.0 + torch.arange(4.0)
+    posterior = fit(model, y, method=nuts(draws=100, warmup=100, chains=2), seed=0, progress=False)
+    agrees(posterior.draws["mu"], 6.5, 5.0)
+
+
 def test_interruption_keeps_complete_chains():
     def stop(event):
         if event.epoch == 1:

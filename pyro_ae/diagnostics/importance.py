@@ -74,12 +74,16 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     if draws < FEWEST:
         raise ValueError(f"k-hat is fitted to the largest of the weights and needs {FEWEST} draws or more, got {draws}")
     flat = log_weights.detach().double().cpu().reshape(draws, -1)
-    tail = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
-    largest = flat.topk(tail + 1, 0).values
-    fitted = ~(largest[0] - largest[-1] < FLAT)
-    usable = torch.isfinite(flat.amax(0))  # of which a NaN makes a NaN
-    k = torch.where(usable, -torch.inf, torch.nan).double()
-    rows = fitted & usable
+    size = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+    largest = flat.topk(size + 1, 0).values
+    tail, cutoff = largest[:-1], largest[-1]
+    k = torch.full_like(cutoff, torch.nan)
+    finite = torch.isfinite(largest[0])  # not where a weight is NaN, nor where all are 0
+    few = (tail > cutoff).sum(0) < 5
+    flat_tail = tail[0] - tail[-1] < FLAT
+    k[finite & few] = torch.inf
+    k[finite & flat_tail] = -torch.inf
+    rows = finite & ~few & ~flat_tail
     if rows.any():
         k[rows] = torch.as_tensor(_fit(flat.T[rows].numpy()))
     return k.reshape(log_weights.shape[1:]).to(torch.get_default_dtype())
@@ -93,4 +97,6 @@ def _fit(log_weights: np.ndarray) -> np.ndarray:
         return arviz.psislw(log_weights)[1]
     from arviz_stats.base import array_stats
 
-    return array_stats.psislw(log_weights)[1]
+    # its psislw wants log-likelihoods, the negative of log-weights, and says nothing where it is given the others
+    weights = np.exp(log_weights - log_weights.max(-1, keepdims=True))
+    return array_stats.pareto_khat(weights[:, None], r_eff=1.0, tail="right")
