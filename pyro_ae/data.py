@@ -144,7 +144,8 @@ class Rows:
         entries = {name: v[index] if name in rows else v for name, v in self.entries.items()}
         labels = None
         if self.labels is not None:
-            labels = tuple(np.asarray(self.labels)[index.cpu().numpy() if isinstance(index, Tensor) else index])
+            chosen = np.arange(len(self.labels))[index.cpu().numpy() if isinstance(index, Tensor) else index]
+            labels = tuple(self.labels[i] for i in chosen)
         return replace(self, entries=entries, labels=labels)
 
     def need_size(self) -> int:

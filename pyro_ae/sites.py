@@ -39,12 +39,27 @@ class Recorder(Messenger):
         self.generated: list[str] = []
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
+        if site_is_subsample(msg):
+            self._replay_plate(msg)
+        elif msg["name"] in self.values and not msg["is_observed"]:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
         elif self.generate and msg["is_observed"] and not is_deterministic(msg) and not site_is_factor(msg):
             self.generated.append(msg["name"])
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+    def _replay_plate(self, msg: Any) -> None:
+        """The same rows for a plate that subsamples by itself; rows that are given stay as they are."""
+        if msg["name"] not in self.values or msg["value"] is not None:
+            return
+        size = msg["fn"].subsample_size or msg["fn"].size
+        rows = self.values[msg["name"]]
+        if len(rows) != size:
+            raise ValueError(
+                f"plate '{msg['name']}' has {len(rows)} rows in the guide and {size} in the model: a guide with "
+                "parameters for each row cannot be given others"
+            )
+        msg["value"], msg["done"] = rows, True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         before = self.sites.get(msg["name"])
@@ -91,7 +106,7 @@ def pointwise_log_prob(site: dict) -> Tensor:
 class Site:
     """One sample site as one run of the program showed it, without particles."""
 
-    kind: Literal["latent", "observed", "deterministic", "auxiliary"]
+    kind: Literal["latent", "observed", "deterministic", "auxiliary", "factor"]
     shape: torch.Size
     batch: torch.Size
     plates: tuple[tuple[str, int, int], ...] = ()
@@ -126,6 +141,8 @@ class Layout:
 def _describe(site: dict) -> Site:
     if is_deterministic(site):
         kind = "deterministic"
+    elif site_is_factor(site):
+        kind = "factor"
     elif site["is_observed"]:
         kind = "observed"
     else:
@@ -219,10 +236,13 @@ def strip_particles(value: Tensor, site: Site, particles: int) -> Tensor:
 def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], nesting: int) -> str | None:
     """Why a program cannot be run for many particles at once; None where it can.
 
-    Two draws of its latents are run alone and together: the densities must agree, as a network or a product that
-    mixes particles up need not raise an error. A program with randomness of its own is only run.
+    A few draws of its latents are run alone and together: densities and deterministic values must agree, as a network
+    or a product that mixes particles up need not raise an error. A program with randomness of its own is only run.
     """
     args, kwargs = call_with(batch)
+    # a number of particles that is the size of no other dim, or one could be taken for the other
+    taken = {size for site in sites.values() for size in site.shape}
+    particles = next(k for k in range(2, len(taken) + 3) if k not in taken)
 
     def run(values: Draws) -> Recorder:
         with InitMessenger(draw_or_any), Recorder(values) as r:
@@ -230,30 +250,44 @@ def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], ne
         return r
 
     with torch.no_grad(), torch.random.fork_rng(devices=()):
-        alone = [run({}) for _ in range(2)]
+        alone = [run({})]
+        plates = {n: s["value"] for n, s in alone[0].sites.items() if n not in sites}  # the same rows in each run
+        alone += [run(plates) for _ in range(particles - 1)]
         again = run({n: s["value"] for n, s in alone[0].sites.items()})
-        # what plates drew stays as it is; latents get a particle dim
-        values = {n: s["value"] for n, s in alone[0].sites.items() if n not in sites}
+        expected = {
+            s["name"]: torch.stack([site_log_prob(r.sites[s["name"]]).sum() for r in alone]) for s in again.scored
+        }
+        repeated = {s["name"]: site_log_prob(s).sum() for s in again.scored}
+        values = dict(plates)
         for name, site in sites.items():
             if site.kind in ("latent", "auxiliary"):
                 values[name] = pad_particles(torch.stack([r.sites[name]["value"] for r in alone]), site, nesting)
-        expected = [{s["name"]: site_log_prob(s).sum() for s in r.scored} for r in (*alone, again)]
         try:
-            with particle_plate(2, nesting):
+            with particle_plate(particles, nesting):
                 together = run(values)
             densities = {s["name"]: site_log_prob(s) for s in together.scored}
         except (ValueError, RuntimeError, IndexError, AssertionError, TypeError) as error:
             return str(error).splitlines()[0] if str(error) else type(error).__name__
+        if any(not _close(repeated[n], expected[n][0]) for n in repeated):
+            return None
         for name, log_prob in densities.items():
             if log_prob.dim() > nesting + 1:
                 return f"site '{name}' has batch shape {tuple(log_prob.shape)}, more than its plates and particles"
-            first, second, repeated = (e[name] for e in expected)
-            found = log_prob.reshape(2, -1).sum(1) if log_prob.dim() > nesting else log_prob.sum().expand(2)
-            if not torch.allclose(repeated, first, equal_nan=True):
-                return None
-            if not torch.allclose(found, torch.stack([first, second]), rtol=1e-3, atol=1e-3, equal_nan=True):
+            full = log_prob.dim() > nesting
+            found = log_prob.reshape(particles, -1).sum(1) if full else log_prob.sum().expand(particles)
+            if not _close(found, expected[name]):
                 return f"site '{name}' has another density when particles are run together"
+        for name in (n for n, site in sites.items() if site.kind == "deterministic"):
+            value = together.sites[name]["value"]
+            wanted = torch.stack([r.sites[name]["value"] for r in alone])
+            fits = value.shape == sites[name].shape or value.numel() == wanted.numel()
+            if not fits or not _close(strip_particles(value, sites[name], particles), wanted):
+                return f"site '{name}' has another value when particles are run together"
     return None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def anywhere(site: Any) -> Tensor:

@@ -252,7 +252,7 @@ def test_guide_of_other_rows() -> None:
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     for rows in (x[:5], torch.cat([x, x])):
-        with pytest.raises(ValueError, match=f"'data' has 16 rows in the guide and {len(rows)} in the data"):
+        with pytest.raises(ValueError, match=f"'data' has 16 rows in the guide and {len(rows)} in the model"):
             posterior_of(model, guide, x).to_arviz(3, data=rows)
 
 

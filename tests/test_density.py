@@ -16,6 +16,7 @@ from pyro_ae.density import log_joint
 from pyro_ae.energy import Energy
 from pyro_ae.guides import together
 from pyro_ae.plates import Scaled, batched, tempered
+from pyro_ae.sites import inspect_sites, why_serial
 
 
 def sampled(z):
@@ -176,6 +177,51 @@ def test_a_model_that_mixes_particles_up_is_found_out():
 
     with pytest.warns(UserWarning, match="one by one.*'x' has another density"):
         log_weights(mixing, exact_guide(model), x, particles=4)
+
+
+def test_a_deterministic_site_that_mixes_particles_up_is_found_out():
+    def model():
+        with pyro.plate("rows", 3):
+            b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.deterministic("total", b.sum(0))
+
+    layout = inspect_sites(model, None, None)
+    assert "'total' has another value" in why_serial(model, None, layout.model, layout.nesting)
+
+
+def test_a_plate_that_subsamples_by_itself_runs_in_one_go():
+    y = torch.randn(20)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 20, subsample_size=5) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    layout = inspect_sites(model, None, None)
+    assert why_serial(model, None, layout.model, layout.nesting) is None
+
+
+def test_a_guide_for_other_rows_is_refused():
+    """Its plate would otherwise set the size of the model's, without a word."""
+    model, x = ppca(rows=6)
+
+    def guide(x):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="'data' has 4 rows in the guide and 6 in the model"):
+        log_weights(model, guide, x)
+
+
+def test_factors_count_and_are_no_observation():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("twice", -z.square())
+
+    layout = inspect_sites(model, None, None)
+    assert layout.model["twice"].kind == "factor"
+    z = torch.tensor(0.5)
+    torch.testing.assert_close(log_joint(model, {"z": z}, None), dist.Normal(0.0, 1.0).log_prob(z) - 0.25)
 
 
 def test_batched_folds_leading_dims():

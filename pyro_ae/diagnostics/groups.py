@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from ..data import Call
@@ -38,7 +37,6 @@ class View:
     layout: Layout
     run: Recorder
     observed: list[str]
-    """Observed sites that are no factors."""
     undrawn: list[str]
     """Latents without draws, such as those that were enumerated."""
     subsampled: dict[str, str]
@@ -106,8 +104,7 @@ def look(program: Program, batch: Call, held: Draws | None = None) -> View:
     values |= {n: v[0, 0].to(program.device) for n, v in (held or {}).items()}
     with Recorder(values) as p:
         program.model.fn(*batch.args, **batch.kwargs)
-    _same_rows(q, p)
-    observed = [n for n in layout.names("observed") if not site_is_factor(p.sites[n])]
+    observed = layout.names("observed")
     for name in observed:  # what stands there when it is generated
         layout.model[name] = replace(layout.model[name], shape=p.sites[name]["fn"].shape())
     subsampled = {
@@ -126,20 +123,6 @@ def look(program: Program, batch: Call, held: Draws | None = None) -> View:
         subsampled,
         tuple(sorted(common, key=lambda plate: plate[1])),
     )
-
-
-def _same_rows(guided: Recorder, modelled: Recorder) -> None:
-    """Refuse a guide that was made for other rows: its plates would silently set the size of the model's."""
-    rows = [
-        {f.name: f.full_size or f.size for s in run.sites.values() for f in s["cond_indep_stack"]}
-        for run in (guided, modelled)
-    ]
-    for name in rows[0].keys() & rows[1].keys():
-        if rows[0][name] != rows[1][name]:
-            raise ValueError(
-                f"plate '{name}' has {rows[0][name]} rows in the guide and {rows[1][name]} in the data: the guide has "
-                "parameters for each row of the fit, so it cannot be given others"
-            )
 
 
 # -- the draws -----------------------------------------------------------------------------------------------
