@@ -157,6 +157,7 @@ class _Fit:
         self.named = program.parameters.trainable()
         if not self.named:
             raise ValueError("neither the model nor the guide has a parameter to train")
+        self.store_size = program.parameters.store_size()
         self.optimizer = config._optimizer(self.named, self.lr)
         self.base_lrs = [g["lr"] for g in self.optimizer.param_groups]
         data, size = run.data, run.batch_size
@@ -245,7 +246,7 @@ class _Fit:
             self._fail(f"the loss is {value}", batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if program.parameters.store_size() != getattr(self, "_store_size", None):
+        if program.parameters.store_size() != self.store_size:
             self._adopt()
         gradients = {n: p.grad for n, p in self.named.items() if p.grad is not None}
         norm = get_total_norm(list(gradients.values()))
@@ -265,7 +266,7 @@ class _Fit:
             self.optimizer.add_param_group({"params": new})
             self.base_lrs.append(self.lr)
         self.named = now
-        self._store_size = self.program.parameters.store_size()
+        self.store_size = self.program.parameters.store_size()
 
     def _check_leaves(self, loss: Tensor) -> None:
         if not loss.requires_grad:

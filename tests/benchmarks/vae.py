@@ -62,8 +62,8 @@ def steps(repeats: int) -> None:
 
 def mnist(epochs: int, seeds: int, particles: int) -> None:
     data = datasets.load("mnist_static_binarized")
-    x, test = (split["x"].flatten(1) for split in (data.train, data.test))
-    print(f"test bound in nats (K=500) after {epochs} epochs, trained with K={particles}")
+    x, test = data.train["x"].flatten(1), data.test["x"].flatten(1)[::5]
+    print(f"test bound in nats (K=100, every fifth test image) after {epochs} epochs, trained with K={particles}")
     print(f"{'seed':>4} {'by hand':>9} {'fit':>9}")
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -74,8 +74,8 @@ def mnist(epochs: int, seeds: int, particles: int) -> None:
         mine = copy.deepcopy(start)
         posterior = ours(mine, x, svi(loss=importance(iwae, particles), epochs=epochs), 128, seed=seed + 100)
         # one evaluation for both, and ours once more through the library
-        bounds = [evaluate(n, test, 500) for n in (by_hand, mine)]
-        library = posterior.log_evidence(test, particles=500).mean().item()
+        bounds = [evaluate(n, test, 100) for n in (by_hand, mine)]
+        library = posterior.log_evidence(test, particles=100).mean().item()
         print(f"{seed:>4} {bounds[0]:>9.2f} {bounds[1]:>9.2f}   by log_evidence {library:.2f}", flush=True)
 
 
