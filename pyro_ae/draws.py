@@ -141,8 +141,12 @@ def row_chunks(program: Program, rows: Rows | LoadedRows, particles: int) -> Ite
         return
     size = None
     if isinstance(rows, Rows):
-        with _running(program):
-            one = program.inspect(rows.take(slice(0, 1)).call())
+        try:
+            with _running(program):
+                one = program.inspect(rows.take(slice(0, 1)).call())
+        except (ValueError, RuntimeError):  # a guide with parameters for each row of the fit
+            yield rows.call()
+            return
         size = max(1, min(rows.need_size(), CHUNK // (_largest(one) * min(particles, 64))))
     yield from rows.batches(size, shuffle=False, device=program.device)
 

@@ -4,10 +4,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from truth import exact_guide, gaussian_mean, ppca
 
-from pyro_ae import Posterior, batch_plate, cite, elbo, fit, iwae, nuts, observe, svi
+from pyro_ae import Posterior, batch_plate, cite, elbo, fit, importance, iwae, nuts, observe, svi
 from pyro_ae.data import as_rows
 from pyro_ae.guides import together
 from pyro_ae.models import ppca as ppca_file
@@ -176,6 +177,24 @@ def test_shared_and_local_latents():
     assert posterior.log_evidence(particles=4).dim() == 0
     assert posterior.encode().shape == (16, 3)
     assert posterior.generate(4).shape == (4, 3)
+
+
+def test_a_guide_with_parameters_for_each_row():
+    """It cannot be run on some of the rows, so all are run at once; other rows are refused."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = torch.randn(6)
+    method = svi(loss=importance(elbo, 20), lr=0.05, schedule="cosine", steps=400)
+    posterior = fit(model, y, guide=AutoNormal(model), method=method, seed=0, progress=False)
+    torch.testing.assert_close(posterior.encode(draws=4000), y / 2, atol=0.15, rtol=0)
+    evidence = dist.Normal(0.0, 2**0.5).log_prob(y)
+    torch.testing.assert_close(posterior.log_evidence(particles=4000), evidence, atol=0.05, rtol=0)
+    with pytest.raises(ValueError, match="6 rows in the guide and 3 in the model"):
+        posterior.log_evidence(y[:3])
 
 
 def test_sequential_loops_over_a_plate_work():

@@ -181,7 +181,7 @@ def test_nan_names_site_batch_and_step_and_keeps_the_last_good_state():
 
         def forward(self, x):
             self.calls += 1
-            loc = self.w if self.calls < 9 else self.w * float("nan")
+            loc = self.w if self.calls < 25 else self.w * float("nan")
             with batch_plate(x):
                 z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
                 pyro.sample("x", dist.Normal(z + loc, 1.0, validate_args=False).to_event(1), obs=x)
