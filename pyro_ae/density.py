@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from .data import call_with
+from .particles import say_serial, why_serial
 from .plates import particle_plate
-from .sites import (
-    Layout,
-    Recorder,
-    inspect_sites,
-    is_auxiliary,
-    is_latent,
-    quote,
-    say_serial,
-    site_log_prob,
-    why_serial,
-)
+from .sites import Layout, Recorder, inspect_sites, is_auxiliary, is_latent, quote, site_log_prob
 from .types import Draws, Guide, Model
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .data import Call, LoadedRows, Rows
 from .density import refuse_shared, weigh
+from .particles import gather, run_particles
 from .program import Program, validation
-from .sites import Layout, Recorder, gather, pointwise_log_prob, run_particles
+from .sites import Layout, Recorder, pointwise_log_prob
 from .types import Draws
 
 CHUNK = 2**24

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .data import Call, LoadedRows, Rows, as_rows
 from .draws import draw, encode, log_evidence, log_likelihood, mean_or_value, means, replay, row_chunks
+from .particles import gather
 from .program import Program
-from .sites import Layout, Recorder, gather
+from .sites import Layout, Recorder
 from .types import Guide, Model
 
 if TYPE_CHECKING:

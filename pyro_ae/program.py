@@ -11,8 +11,9 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from .parameters import Parameters
+from .particles import why_serial
 from .plates import Scaled
-from .sites import Layout, inspect_sites, why_serial
+from .sites import Layout, inspect_sites
 from .types import Guide, Model
 
 

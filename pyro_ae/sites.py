@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +15,6 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .data import call_with
-from .plates import particle_plate
 from .types import Draws, Guide, Model
 
 
@@ -218,78 +215,6 @@ def quote(names: Any) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def pad_particles(value: Tensor, site: Site, nesting: int) -> Tensor:
-    """``[K, *shape]`` with ones between particles and batch, as the particle plate wants it."""
-    return value.reshape(value.shape[0], *(1,) * (nesting - len(site.batch)), *value.shape[1:])
-
-
-def strip_particles(value: Tensor, site: Site, particles: int) -> Tensor:
-    """The inverse of :func:`pad_particles`; a value that no particle changed is repeated."""
-    wanted = torch.Size((particles, *site.shape))
-    if value.shape == site.shape:
-        return value.expand(wanted)
-    if value.shape == wanted:
-        return value
-    return value.reshape(wanted)
-
-
-def why_serial(fn: Callable[..., Any], batch: Any, sites: Mapping[str, Site], nesting: int) -> str | None:
-    """Why a program cannot be run for many particles at once; None where it can.
-
-    A few draws of its latents are run alone and together: densities and deterministic values must agree, as a network
-    or a product that mixes particles up need not raise an error. A program with randomness of its own is only run.
-    """
-    args, kwargs = call_with(batch)
-    # a number of particles that is the size of no other dim, or one could be taken for the other
-    taken = {size for site in sites.values() for size in site.shape}
-    particles = next(k for k in range(2, len(taken) + 3) if k not in taken)
-
-    def run(values: Draws) -> Recorder:
-        with InitMessenger(draw_or_any), Recorder(values) as r:
-            fn(*args, **kwargs)
-        return r
-
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
-        alone = [run({})]
-        plates = {n: s["value"] for n, s in alone[0].sites.items() if n not in sites}  # the same rows in each run
-        alone += [run(plates) for _ in range(particles - 1)]
-        again = run({n: s["value"] for n, s in alone[0].sites.items()})
-        expected = {
-            s["name"]: torch.stack([site_log_prob(r.sites[s["name"]]).sum() for r in alone]) for s in again.scored
-        }
-        repeated = {s["name"]: site_log_prob(s).sum() for s in again.scored}
-        values = dict(plates)
-        for name, site in sites.items():
-            if site.kind in ("latent", "auxiliary"):
-                values[name] = pad_particles(torch.stack([r.sites[name]["value"] for r in alone]), site, nesting)
-        try:
-            with particle_plate(particles, nesting):
-                together = run(values)
-            densities = {s["name"]: site_log_prob(s) for s in together.scored}
-        except (ValueError, RuntimeError, IndexError, AssertionError, TypeError) as error:
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
-        if any(not _close(repeated[n], expected[n][0]) for n in repeated):
-            return None
-        for name, log_prob in densities.items():
-            if log_prob.dim() > nesting + 1:
-                return f"site '{name}' has batch shape {tuple(log_prob.shape)}, more than its plates and particles"
-            full = log_prob.dim() > nesting
-            found = log_prob.reshape(particles, -1).sum(1) if full else log_prob.sum().expand(particles)
-            if not _close(found, expected[name]):
-                return f"site '{name}' has another density when particles are run together"
-        for name in (n for n, site in sites.items() if site.kind == "deterministic"):
-            value = together.sites[name]["value"]
-            wanted = torch.stack([r.sites[name]["value"] for r in alone])
-            fits = value.shape == sites[name].shape or value.numel() == wanted.numel()
-            if not fits or not _close(strip_particles(value, sites[name], particles), wanted):
-                return f"site '{name}' has another value when particles are run together"
-    return None
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
-
-
 def anywhere(site: Any) -> Tensor:
     """A value in the support, uniform in (-2, 2) before it is constrained."""
     transform = biject_to(site["fn"].support)
@@ -302,65 +227,3 @@ def draw_or_any(site: Any) -> Tensor:
         return site["fn"].sample()
     except NotImplementedError:
         return anywhere(site)
-
-
-def say_serial(reason: str) -> None:
-    """Tell the user, once, that particles are run one by one."""
-    warnings.warn(
-        "the model or guide does not broadcast over particles, so they are run one by one, which is slower "
-        f"(networks must accept any leading dims; pyro_ae.plates.batched helps): {reason}",
-        stacklevel=3,
-    )
-
-
-def run_particles(
-    fn: Callable[..., Any],
-    batch: Any,
-    particles: int,
-    layout: Layout,
-    sites: Mapping[str, Site],
-    values: Draws | None = None,
-    generate: bool = False,
-) -> list[Recorder]:
-    """Run a program for ``particles`` draws: one vectorised run, or one run a particle where it must be.
-
-    Arguments:
-        sites: the program's sites, for their shapes.
-        values: latents to replay, ``[particles, *shape]``.
-        generate: whether to sample the observed sites.
-    """
-    args, kwargs = call_with(batch)
-    values = values or {}
-    if not layout.checked:
-        layout.checked, layout.serial = True, why_serial(fn, batch, sites, layout.nesting)
-    if layout.serial is None:
-        padded = {n: pad_particles(v, sites[n], layout.nesting) if n in sites else v for n, v in values.items()}
-        with particle_plate(particles, layout.nesting), Recorder(padded, generate=generate) as r:
-            fn(*args, **kwargs)
-        return [r]
-    say_serial(layout.serial)
-    runs = []
-    for k in range(particles):
-        with Recorder({n: v[k] for n, v in values.items()}, generate=generate) as r:
-            fn(*args, **kwargs)
-        runs.append(r)
-    return runs
-
-
-def gather(
-    runs: list[Recorder],
-    names: Iterable[str],
-    sites: Mapping[str, Site],
-    particles: int,
-    read: Callable[[dict], Tensor],
-) -> dict[str, Tensor]:
-    """What ``read`` gives of each named site in the runs, ``[particles, *shape]``."""
-    out = {}
-    for name in names:
-        values = [read(r.sites[name]) for r in runs if name in r.sites]
-        if not values:
-            continue
-        out[name] = (
-            torch.stack(values) if len(runs) == particles > 1 else strip_particles(values[0], sites[name], particles)
-        )
-    return out

@@ -15,8 +15,9 @@ from pyro_ae import batch_plate, elbo, importance, iwae, log_weights
 from pyro_ae.density import log_joint
 from pyro_ae.energy import Energy
 from pyro_ae.guides import together
+from pyro_ae.particles import why_serial
 from pyro_ae.plates import Scaled, batched, tempered
-from pyro_ae.sites import inspect_sites, why_serial
+from pyro_ae.sites import inspect_sites
 
 
 def sampled(z):

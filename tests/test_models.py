@@ -9,8 +9,9 @@ from discovery import modules
 from pyro_ae import elbo, fit, importance, iwae, log_weights, svi
 from pyro_ae.data import call_with
 from pyro_ae.density import log_joint
+from pyro_ae.particles import gather, run_particles
 from pyro_ae.plates import Scaled
-from pyro_ae.sites import gather, inspect_sites, run_particles, site_log_prob
+from pyro_ae.sites import inspect_sites, site_log_prob
 
 MODELS = [pytest.param(m, id=n) for n, m in modules("pyro_ae.models")]
 

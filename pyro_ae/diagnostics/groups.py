@@ -11,16 +11,9 @@ from torch import Tensor
 
 from ..data import Call
 from ..draws import CHUNK
+from ..particles import gather, run_particles
 from ..program import Program
-from ..sites import (
-    Layout,
-    Recorder,
-    gather,
-    pointwise_log_prob,
-    quote,
-    run_particles,
-    site_log_prob,
-)
+from ..sites import Layout, Recorder, pointwise_log_prob, quote, site_log_prob
 from ..types import Draws
 
 Groups = dict[str, dict[str, Tensor]]
