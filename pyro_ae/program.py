@@ -9,11 +9,13 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
 
+from .data import Call, call_with
 from .parameters import Parameters
 from .particles import why_serial
 from .plates import Scaled
-from .sites import Layout, inspect_sites
+from .sites import Layout, inspect_sites, quote
 from .types import Guide, Model
 
 
@@ -91,6 +93,8 @@ class Program:
                 f"minibatches need the model's rows in a plate '{self.plate}'; the model's plates are: {known}. "
                 "Name yours with fit(..., plate=...), or write `with batch_plate(x):` around the rows"
             )
+        if minibatched and self.guide is not None and set(layout.local(self.plate)) & set(layout.guide):
+            self._check_amortised(batch, layout)
         with self.active():
             # in evaluation mode, where normalisation layers do not mix particles or count these runs
             parts = (
@@ -103,6 +107,27 @@ class Program:
         self.model.layout = layout
         if self.guide is not None:
             self.guide.layout = layout
+
+    def _check_amortised(self, batch: Any, layout: Layout) -> None:
+        """Refuse a guide whose parameters belong to the rows of a batch: the next batch has other rows."""
+        args, kwargs = call_with(batch)
+
+        def one_more(value: Any) -> Any:
+            return torch.cat([value, value[:1]]) if isinstance(value, Tensor) and value.dim() else value
+
+        longer = Call(tuple(map(one_more, args)), {n: one_more(v) for n, v in kwargs.items()})
+        local = [n for n in layout.local(self.plate) if n in layout.guide]
+        try:
+            with self.active(), torch.random.fork_rng(devices=()):
+                found = inspect_sites(self.guide, None, longer).model  # type: ignore[arg-type]
+            follows = all(found[n].shape != layout.guide[n].shape for n in local)
+        except (ValueError, RuntimeError):
+            follows = False
+        if not follows:
+            raise ValueError(
+                f"the guide has parameters for each row of a batch in {quote(local)}, and minibatches would pair them "
+                "with other rows: use a guide that is a function of the rows, as Amortized is, or leave out batch_size"
+            )
 
     def _automatic_guide(self, batch: Any) -> None:
         layout = inspect_sites(self.model, None, batch)

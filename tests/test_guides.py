@@ -139,3 +139,23 @@ def test_together_is_the_sum_of_its_parts():
     assert set(both.nodes) >= {"mean", "z"}
     assert set(pyro.poutine.trace(Together(local)).get_trace(x).nodes) >= {"z"}
     assert "z" not in pyro.poutine.trace(shared).get_trace(x).nodes
+
+
+@pytest.mark.parametrize("make", [lambda model: AutoNormal(model), lambda model: _one_for_each_row])
+def test_a_guide_with_parameters_for_each_row_in_minibatches(make):
+    """Batches of one size would run, and pair each parameter with other rows every time."""
+
+    def model(y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = torch.randn(20)
+    with pytest.raises(ValueError, match="parameters for each row of a batch in 'z'.*Amortized"):
+        fit(model, y, guide=make(model), batch_size=5, method=svi(steps=3), progress=False)
+
+
+def _one_for_each_row(y):
+    loc = pyro.param("loc", torch.zeros(5))
+    with pyro.plate("data", len(y)):
+        pyro.sample("z", dist.Normal(loc, 1.0))
