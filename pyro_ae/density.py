@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .data import call_with
-from .particles import say_serial, why_serial
+from .enumeration import Term, marginalise
+from .particles import chunk_size, say_serial, why_serial
 from .plates import particle_plate
 from .sites import Layout, Recorder, inspect_sites, is_auxiliary, is_latent, quote, site_log_prob
 from .types import Draws, Guide, Model
 
 
-class Weights(NamedTuple):
-    """Log-weights with what a loss has to know about them."""
-
-    log_weights: Tensor
-    """``[K, *batch]`` over the plates that all sites share, or ``[K]`` where there is none."""
-    scale: float
-    """N/B: what a sum over the rows is multiplied with to stand for the whole data set."""
-    shared: tuple[str, ...]
-    """Sites outside the subsampled plate, which make a nonlinear bound wrong; empty where every bound holds."""
-
-
-def _common_plates(sites: list[dict]) -> tuple:
+def _common_plates(sites: Iterable[dict]) -> tuple:
     stacks = [frozenset(f for f in s["cond_indep_stack"] if f.vectorized and f.name != "_particles") for s in sites]
     return tuple(sorted(frozenset.intersection(*stacks), key=lambda f: f.dim)) if stacks else ()
 
@@ -51,94 +45,177 @@ def _reduce(log_prob: Tensor, keep: tuple[int, ...], sizes: tuple[int, ...], nam
     return reduced
 
 
-def _run(model: Model, guide: Guide, batch: Any, particles: int, nesting: int) -> tuple[list[dict], list[dict]]:
-    """The scored sites of guide and model in one vectorised run."""
-    args, kwargs = call_with(batch)
-    with particle_plate(particles, nesting) if particles > 1 else nullcontext():
-        with Recorder() as q:
-            guide(*args, **kwargs)
-        values = {name: site["value"] for name, site in q.sites.items()}
-        with Recorder(values) as p:
-            model(*args, **kwargs)
-    guided, modelled = q.scored, p.scored
-    for site in modelled:
-        if not site["is_observed"] and site["name"] not in values:
-            raise ValueError(
-                f"the guide does not sample the latent site '{site['name']}' of the model: add it to the guide"
-            )
-        if site["is_observed"] and site["name"] in q.sites and is_latent(q.sites[site["name"]]):
-            raise ValueError(f"the guide samples '{site['name']}', which the model observes: remove it from the guide")
-    for site in guided:
-        if is_latent(site) and not is_auxiliary(site) and site["name"] not in p.sites:
-            raise ValueError(f"the guide samples '{site['name']}', which the model does not have")
-    return guided, modelled
+class Pass:
+    """One run of a guide, and of its model at the guide's draws, for a number of particles at once."""
+
+    def __init__(self, model: Model, guide: Guide, batch: Any, particles: int, nesting: int, enumerate: bool) -> None:
+        self.guide, self.batch, self.particles, self.nesting = guide, batch, particles, nesting
+        with self.particle_plate():
+            self.drawn = self._record(guide)
+            values = {name: site["value"] for name, site in self.drawn.sites.items()}
+            self.values = values | {
+                # a node of its own in the graph, so that an estimator can tell the model's use of a draw from others
+                s["name"]: s["value"].view_as(s["value"]) if s["value"].requires_grad else s["value"]
+                for s in self.drawn.scored
+                if is_latent(s)
+            }
+        with ExitStack() as stack:
+            if enumerate:
+                stack.enter_context(EnumMessenger(-nesting - 2))
+            stack.enter_context(self.particle_plate())
+            modelled = self._record(model, self.values)
+        self.guided: list[dict] = self.drawn.scored
+        self.modelled, self.terms = marginalise(modelled.scored)
+        self._check(modelled)
+        plates = _common_plates([*self.guided, *modelled.scored])
+        self.scale = math.prod(f.full_size / f.size for f in plates if f.full_size)
+        self.keep = tuple(f.dim for f in plates)
+        self.sizes = tuple(f.size for f in plates)
+        if particles > 1:
+            self.keep, self.sizes = (-nesting - 1, *self.keep), (particles, *self.sizes)
+        subsampled = {
+            f.name
+            for s in modelled.scored
+            for f in s["cond_indep_stack"]
+            if f.full_size and f.full_size != f.size and f not in plates
+        }
+        self.shared = tuple(
+            s["name"]
+            for s in modelled.scored
+            if subsampled and not any(f.name in subsampled for f in s["cond_indep_stack"])
+        )
+
+    def particle_plate(self) -> AbstractContextManager:
+        """The plate of the particles, where there are several."""
+        return particle_plate(self.particles, self.nesting) if self.particles > 1 else nullcontext()
+
+    def _record(self, fn: Callable[..., Any], values: Draws | None = None) -> Recorder:
+        args, kwargs = call_with(self.batch)
+        with Recorder(values) as recorder:
+            fn(*args, **kwargs)
+        return recorder
+
+    def _check(self, modelled: Recorder) -> None:
+        for site in self.modelled:
+            if is_latent(site) and site["name"] not in self.values:
+                discrete = getattr(site["fn"], "has_enumerate_support", False)
+                raise ValueError(
+                    f"the guide does not sample the latent site '{site['name']}' of the model: add it to the guide"
+                    + (", or sum it out with infer={'enumerate': 'parallel'} at the site" if discrete else "")
+                )
+        for site in self.guided:
+            name = site["name"]
+            if not is_latent(site):
+                continue
+            if name in modelled.sites and modelled.sites[name]["is_observed"]:
+                raise ValueError(f"the guide samples '{name}', which the model observes: remove it from the guide")
+            if not is_auxiliary(site) and name not in modelled.sites:
+                raise ValueError(f"the guide samples '{name}', which the model does not have")
+
+    @property
+    def latents(self) -> list[dict]:
+        """The guide's sites that were drawn."""
+        return [s for s in self.guided if is_latent(s)]
+
+    def total(self, sites: Iterable[dict], read: Callable[[dict], Tensor] | None = None) -> Tensor:
+        """What ``read`` gives of each site (its log-density), summed to ``[K, *batch]``, without the rows' scale."""
+        parts = [_reduce((read or self.log_prob)(s), self.keep, self.sizes, s["name"]) for s in sites]
+        out = sum(parts[1:], parts[0]) if parts else torch.zeros(self.sizes)
+        return out if self.particles > 1 else out.unsqueeze(0)
+
+    def log_prob(self, site: dict) -> Tensor:
+        """A site's log-density without the scale of the rows, which stands outside every bound."""
+        return site_log_prob(site, self.scale_of(site["scale"]))
+
+    def scale_of(self, scale: float | Tensor) -> float | Tensor:
+        return scale if self.scale == 1 else scale / self.scale
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        terms = [self._term(t) for t in self.terms]
+        if not self.modelled and not terms:
+            raise ValueError("the model has no sample site, so there is nothing to weigh")
+        return sum(terms, self.total(self.modelled)) if self.modelled else sum(terms[1:], terms[0])
+
+    def _term(self, term: Term) -> Tensor:
+        out = _reduce(term.log_prob * self.scale_of(term.scale), self.keep, self.sizes, "', '".join(term.names))
+        return out if self.particles > 1 else out.unsqueeze(0)
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        return self.total(self.guided)
+
+    def align(self, per_particle: Tensor, site: dict) -> Tensor:
+        """``[K, *batch]`` so that it broadcasts against the value of a site."""
+        dense = (per_particle if self.particles > 1 else per_particle.squeeze(0)).reshape(
+            [self.sizes[self.keep.index(d)] if d in self.keep else 1 for d in range(min(self.keep, default=0), 0)]
+        )
+        return dense.reshape(*dense.shape, *(1,) * site["fn"].event_dim)
+
+    def rescore(self, values: Draws) -> list[dict]:
+        """The guide's sites at other values of its latents."""
+        if len(self.latents) == 1:  # nothing in the guide depends on the draw, so its distribution stands
+            return [s | {"value": values[s["name"]]} if is_latent(s) else s for s in self.guided]
+        rows = {name: site["value"] for name, site in self.drawn.sites.items()}
+        with self.particle_plate():
+            return self._record(self.guide, rows | dict(values)).scored
 
 
-def weigh(
-    model: Model,
-    guide: Guide,
-    batch: Any,
-    particles: int,
-    *,
-    layout: Layout | None = None,
-    reparameterised: bool = False,
-) -> Weights:
+@dataclass(frozen=True)
+class Weights:
+    """Log-weights with what a loss has to know about them, and the runs that they came from."""
+
+    passes: list[Pass]
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``[K, *batch]`` over the plates that all sites share, or ``[K]`` where there is none."""
+        return self.gather(lambda p: p.log_p - p.log_q)
+
+    def gather(self, read: Callable[[Pass], Tensor]) -> Tensor:
+        """What ``read`` gives of each run, over all particles, ``[K, *batch]``."""
+        parts = [read(p) for p in self.passes]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def scale(self) -> float:
+        """N/B: what a sum over the rows is multiplied with to stand for the whole data set."""
+        return self.passes[0].scale
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Sites outside the subsampled plate, which make a nonlinear bound wrong; empty where every bound holds."""
+        return self.passes[0].shared
+
+
+def weigh(model: Model, guide: Guide, batch: Any, particles: int, *, layout: Layout | None = None) -> Weights:
     """Log-weights of ``particles`` draws from the guide, all drawn in one vectorised run.
 
-    A model that does not broadcast over particles is run once for each; that is said once. With
-    ``reparameterised`` a guide is refused whose draws carry no gradient.
+    A model that does not broadcast over particles is run once for each; that is said once.
     """
     if particles < 1:
         raise ValueError(f"particles must be at least 1, got {particles}")
-    layout = layout or getattr(model, "layout", None) or inspect_sites(model, guide, batch)
-    run = partial(_weigh, model, guide, batch, nesting=layout.nesting, reparameterised=reparameterised)
+    layout = layout or _layout(model, guide, batch)
     if particles > 1 and not layout.checked:
         layout.checked = True
         layout.serial = why_serial(guide, batch, layout.guide, layout.nesting) or why_serial(
             model, batch, layout.model, layout.nesting
         )
+    for name, site in layout.guide.items():
+        if site.enumerated:
+            raise ValueError(
+                f"the guide enumerates '{name}', which these log-weights do not: leave it out of the guide and give "
+                "the model's site infer={'enumerate': 'parallel'}, which sums it out exactly"
+            )
+    enumerate = any(s.enumerated and n not in layout.guide for n, s in layout.model.items())
     if particles > 1 and layout.serial is not None:
         say_serial(layout.serial)
-        runs = [run(particles=1) for _ in range(particles)]
-        return runs[0]._replace(log_weights=torch.cat([r.log_weights for r in runs]))
-    return run(particles=particles)
+        return Weights([Pass(model, guide, batch, 1, layout.nesting, enumerate) for _ in range(particles)])
+    return Weights([Pass(model, guide, batch, particles, layout.nesting, enumerate)])
 
 
-def _weigh(
-    model: Model, guide: Guide, batch: Any, particles: int, nesting: int, reparameterised: bool = False
-) -> Weights:
-    guided, modelled = _run(model, guide, batch, particles, nesting)
-    if reparameterised:
-        for site in guided:
-            if is_latent(site) and not site["fn"].has_rsample:
-                raise ValueError(
-                    f"the guide's site '{site['name']}' has no reparameterised sampler, so this loss would leave out "
-                    "part of its gradient: use a reparameterised distribution, or one of Pyro's losses such as "
-                    "svi(loss=TraceGraph_ELBO())"
-                )
-    common = _common_plates([*guided, *modelled])
-    scale = math.prod(f.full_size / f.size for f in common if f.full_size)
-    keep = tuple(f.dim for f in common)
-    sizes = tuple(f.size for f in common)
-    if particles > 1:
-        keep, sizes = (-nesting - 1, *keep), (particles, *sizes)
-    total: Tensor | float = 0.0
-    for sign, sites in ((1, modelled), (-1, guided)):
-        for site in sites:
-            log_prob = site_log_prob(site, site["scale"] if scale == 1 else site["scale"] / scale)
-            total = total + sign * _reduce(log_prob, keep, sizes, site["name"])
-    if not isinstance(total, Tensor):
-        raise ValueError("the model has no sample site, so there is nothing to weigh")
-    subsampled = {
-        f.name
-        for s in modelled
-        for f in s["cond_indep_stack"]
-        if f.full_size and f.full_size != f.size and f not in common
-    }
-    shared = tuple(
-        s["name"] for s in modelled if subsampled and not any(f.name in subsampled for f in s["cond_indep_stack"])
-    )
-    return Weights(total if particles > 1 else total.unsqueeze(0), scale, shared)
+def _layout(model: Model, guide: Guide, batch: Any) -> Layout:
+    return getattr(model, "layout", None) or inspect_sites(model, guide, batch)
 
 
 def log_weights(model: Model, guide: Guide, batch: Any, *, particles: int = 1) -> tuple[Tensor, float]:
@@ -148,7 +225,9 @@ def log_weights(model: Model, guide: Guide, batch: Any, *, particles: int = 1) -
 
     Every bound, the effective sample size, k-hat and estimates of the evidence are functions of them. Rows are
     those plates that all sites of model and guide share; a latent outside them ties the rows together, and then
-    there is one weight for each particle.
+    there is one weight for each particle. Discrete latents of the model with ``infer={"enumerate": "parallel"}`` that
+    the guide leaves out are summed out exactly. Many particles are run in parts that fit into memory; with gradients
+    the parts are run again in the backward pass.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse and Salakhutdinov, 2016) https://arxiv.org/abs/1509.00519
@@ -172,9 +251,24 @@ def log_weights(model: Model, guide: Guide, batch: Any, *, particles: int = 1) -
         >>> log_weights(model, guide, x, particles=5)[0].shape
         torch.Size([5, 16])
     """
-    weights = weigh(model, guide, batch, particles)
-    refuse_shared(weights, "log_weights")
-    return weights.log_weights, weights.scale
+    layout = _layout(model, guide, batch)
+    size = chunk_size(layout)
+    scale = 1.0
+
+    def part(k: int) -> Tensor:
+        nonlocal scale
+        weights = weigh(model, guide, batch, k, layout=layout)
+        refuse_shared(weights, "log_weights")
+        scale = weights.scale
+        return weights.log_weights
+
+    if particles <= size:
+        return part(particles), scale
+    parts = []
+    for start in range(0, particles, size):
+        k = min(size, particles - start)
+        parts.append(checkpoint(part, k, use_reentrant=False) if torch.is_grad_enabled() else part(k))
+    return torch.cat(parts), scale
 
 
 def refuse_shared(weights: Weights, what: str) -> None:
@@ -218,11 +312,11 @@ def log_joint(model: Model, values: Draws, batch: Any) -> Tensor:
 
 def site_terms(model: Model, guide: Guide, batch: Any) -> dict[str, float]:
     """Each site's share in the ELBO of one draw: ``log p(x)``, ``log p(z)`` and ``log q(z)``, in nats."""
-    layout = getattr(model, "layout", None) or inspect_sites(model, guide, batch)
     with torch.no_grad():
-        guided, modelled = _run(model, guide, batch, 1, layout.nesting)
-        terms = {f"log p({s['name']})": site_log_prob(s).sum() for s in modelled}
-        terms |= {f"log q({s['name']})": site_log_prob(s).sum() for s in guided}
+        (run,) = weigh(model, guide, batch, 1).passes
+        terms = {f"log p({s['name']})": site_log_prob(s).sum() for s in run.modelled}
+        terms |= {f"log p({', '.join(t.names)})": (t.log_prob * t.scale).sum() for t in run.terms}
+        terms |= {f"log q({s['name']})": site_log_prob(s).sum() for s in run.guided}
     return {name: float(value) for name, value in terms.items()}
 
 

@@ -11,13 +11,10 @@ from torch import Tensor
 
 from .data import Call, LoadedRows, Rows
 from .density import refuse_shared, weigh
-from .particles import gather, run_particles
+from .particles import chunk_size, gather, run_particles
 from .program import Program, validation
 from .sites import Layout, Recorder, pointwise_log_prob
 from .types import Draws
-
-CHUNK = 2**24
-"""Elements of the largest site that are worked on at once (64 MiB in float32)."""
 
 
 @contextmanager
@@ -26,12 +23,8 @@ def _running(program: Program) -> Iterator[None]:
         yield
 
 
-def _largest(layout: Layout) -> int:
-    return max([1, *(s.shape.numel() for s in (*layout.model.values(), *layout.guide.values()))])
-
-
 def _chunked(draws: int, layout: Layout, part: Callable[[int, int], dict[str, Tensor]]) -> dict[str, Tensor]:
-    size = max(1, CHUNK // _largest(layout))
+    size = chunk_size(layout)
     parts = [part(min(size, draws - start), start) for start in range(0, draws, size)]
     return {n: torch.cat([p[n].cpu() for p in parts]) for n in parts[0]}
 
@@ -107,7 +100,7 @@ def log_evidence(program: Program, batch: Call, particles: int) -> Tensor:
     model, guide = program.model.fn, program.guide.fn  # unscaled: the rows at hand are all there are
     with _running(program):
         layout = program.inspect(batch)
-        chunk = max(1, CHUNK // _largest(layout))
+        chunk = chunk_size(layout)
         total = None
         for start in range(0, particles, chunk):
             weights = weigh(model, guide, batch, min(chunk, particles - start), layout=layout)
@@ -148,7 +141,7 @@ def row_chunks(program: Program, rows: Rows | LoadedRows, particles: int) -> Ite
         except (ValueError, RuntimeError):  # a guide with parameters for each row of the fit
             yield rows.call()
             return
-        size = max(1, min(rows.need_size(), CHUNK // (_largest(one) * min(particles, 64))))
+        size = min(rows.need_size(), max(1, chunk_size(one) // min(particles, 64)))
     yield from rows.batches(size, shuffle=False, device=program.device)
 
 

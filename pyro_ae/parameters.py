@@ -8,8 +8,11 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .data import call_with
 
 
 def module_of(fn: Any) -> nn.Module | None:
@@ -120,6 +123,15 @@ class Parameters:
 
     def store_size(self) -> int:
         return len(self._stored())
+
+    def sampled_by(self, guide: Callable[..., Any] | None, batch: Any) -> set[str]:
+        """The names in the param store that a guide uses."""
+        if guide is None:
+            return set()
+        args, kwargs = call_with(batch)
+        with self.scope(), torch.no_grad(), torch.random.fork_rng(devices=()):
+            trace = poutine.trace(guide, param_only=True).get_trace(*args, **kwargs)
+        return set(trace.param_nodes)
 
     def constrained(self) -> dict[str, Tensor]:
         """The values of ``pyro.param`` sites that belong to no module, as the program sees them."""

@@ -15,6 +15,15 @@ from .plates import particle_plate
 from .sites import Layout, Recorder, Site, draw_or_any, site_log_prob
 from .types import Draws
 
+CHUNK = 2**24
+"""Elements of the largest site that are worked on at once (64 MiB in float32)."""
+
+
+def chunk_size(*layouts: Layout, elements: int = 1) -> int:
+    """How many particles, draws or rows are run at once, by the elements of the largest site of one of them."""
+    sites = [s for layout in layouts for s in (*layout.model.values(), *layout.guide.values())]
+    return max(1, CHUNK // max([elements, *(s.shape.numel() for s in sites)]))
+
 
 def pad_particles(value: Tensor, site: Site, nesting: int) -> Tensor:
     """``[K, *shape]`` with ones between particles and batch, as the particle plate wants it."""

@@ -11,6 +11,8 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from .schedules import Schedule, now
+
 
 def batch_plate(x: Tensor | None = None, size: int = 1, *, name: str = "data") -> AbstractContextManager:
     """The plate of the data's rows: as many as ``x`` has, or ``size`` where there is no ``x``.
@@ -91,22 +93,41 @@ class Scaled:
             return self.fn(*args, **kwargs)
 
 
-class _Tempered(Messenger):
-    def __init__(self, beta: float | Tensor, sites: Iterable[str] | None) -> None:
+class _Factor(Messenger):
+    """Multiply the log-density of latent or of observed sites."""
+
+    def __init__(self, factor: float, sites: frozenset[str] | None, observed: bool) -> None:
         super().__init__()
-        self.beta = beta
-        self.sites = None if sites is None else frozenset(sites)
+        self.factor, self.sites, self.observed = factor, sites, observed
 
     def _pyro_sample(self, msg: Any) -> None:
-        latent = not msg["is_observed"] and not poutine.util.site_is_subsample(msg)
-        if latent and (self.sites is None or msg["name"] in self.sites):
-            msg["scale"] = msg["scale"] * self.beta
+        if poutine.util.site_is_subsample(msg) or bool(msg["is_observed"]) != self.observed:
+            return
+        if self.sites is None or msg["name"] in self.sites:
+            msg["scale"] = msg["scale"] * self.factor
 
 
-def tempered(fn: Callable[..., Any], beta: float | Tensor, *, sites: Iterable[str] | None = None) -> Callable[..., Any]:
+class _Wrapped:
+    """A model or guide in a handler, with the layout of what it wraps."""
+
+    def __init__(self, fn: Callable[..., Any], handler: Callable[[], Messenger]) -> None:
+        self.fn = fn
+        self.handler = handler
+
+    @property
+    def layout(self) -> Any:
+        return getattr(self.fn, "layout", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.handler():
+            return self.fn(*args, **kwargs)
+
+
+def tempered(fn: Callable[..., Any], beta: Schedule, *, sites: Iterable[str] | None = None) -> Callable[..., Any]:
     r"""A model or guide whose latent sites count ``beta`` times.
 
-    Applied to both, it turns the ELBO into :math:`E_q[\log p(x|z)] - \beta\,KL(q(z|x)\,\|\,p(z))`.
+    Applied to both, it turns the ELBO into :math:`E_q[\log p(x|z)] - \beta\,KL(q(z|x)\,\|\,p(z))`. The loss
+    ``annealed`` does so, and leaves the model as it is for what comes after the fit.
 
     References:
         beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework
@@ -114,7 +135,7 @@ def tempered(fn: Callable[..., Any], beta: float | Tensor, *, sites: Iterable[st
 
     Arguments:
         fn: a model or guide.
-        beta: a positive factor.
+        beta: a factor, or a schedule of factors such as ``linear(0.0, 1.0)``.
         sites: names of the latent sites that it is for; all of them by default.
 
     Example:
@@ -122,12 +143,28 @@ def tempered(fn: Callable[..., Any], beta: float | Tensor, *, sites: Iterable[st
         >>> poutine.trace(model).get_trace().nodes["z"]["scale"]
         4.0
     """
+    names = None if sites is None else frozenset(sites)
+    return _Wrapped(fn, lambda: _Factor(now(beta), names, observed=False))
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _Tempered(beta, sites):
-            return fn(*args, **kwargs)
 
-    return run
+def replicated(fn: Callable[..., Any], copies: Schedule) -> Callable[..., Any]:
+    r"""A model whose observed sites count ``copies`` times, as if one latent had generated so many equal rows.
+
+    References:
+        Improving latent variable descriptiveness with AutoGen (Mansbridge, Fierimonte, Feige and Barber, 2018)
+        https://arxiv.org/abs/1806.04480
+
+    Arguments:
+        fn: a model.
+        copies: a factor, or a schedule of factors.
+
+    Example:
+        >>> import torch
+        >>> model = replicated(lambda: pyro.sample("x", pyro.distributions.Normal(0.0, 1.0), obs=torch.zeros(())), 2.0)
+        >>> poutine.trace(model).get_trace().nodes["x"]["scale"]
+        2.0
+    """
+    return _Wrapped(fn, lambda: _Factor(now(copies), None, observed=True))
 
 
 class batched(nn.Module):

@@ -24,8 +24,18 @@ Head: TypeAlias = Callable[[Tensor], Distribution]
 Bound: TypeAlias = Callable[[Tensor], Tensor]
 """Log-weights ``[K, *batch]`` to a bound on log p(x), ``[*batch]``."""
 
-Loss: TypeAlias = Callable[..., Tensor]
-"""``(model, guide, *args, **kwargs)`` to a scalar to be minimised, in nats of the whole data set."""
+
+class Sides(NamedTuple):
+    """A loss with a scalar for each side's parameters, in nats of the whole data set; the history shows the model's."""
+
+    model: Tensor
+    guide: Tensor
+    critic: Tensor | None = None
+    """For the loss's own parameters, such as those of an adversary."""
+
+
+Loss: TypeAlias = Callable[..., "Tensor | Sides"]
+"""``(model, guide, *args, **kwargs)`` to a scalar to be minimised, in nats of the whole data set, or to ``Sides``."""
 
 Draws: TypeAlias = Mapping[str, Tensor]
 """Site name to values, draws first."""

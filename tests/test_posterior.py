@@ -41,12 +41,12 @@ def test_draws_have_the_posteriors_moments(exact):
 
 
 def test_evidence_is_exact_with_the_exact_posterior_in_any_chunks(exact, monkeypatch):
-    from pyro_ae import draws
+    from pyro_ae import particles
 
     posterior, model, x = exact
     expected = model.marginal().log_prob(x)
     torch.testing.assert_close(posterior.log_evidence(particles=50), expected, atol=1e-4, rtol=0)
-    monkeypatch.setattr(draws, "CHUNK", 200)
+    monkeypatch.setattr(particles, "CHUNK", 200)
     torch.testing.assert_close(posterior.log_evidence(particles=50), expected, atol=1e-4, rtol=0)
     assert posterior.sample(50)["z"].shape == (50, 12, 2)
     torch.testing.assert_close(posterior.log_evidence(x[:5], particles=7), expected[:5], atol=1e-4, rtol=0)
@@ -54,12 +54,12 @@ def test_evidence_is_exact_with_the_exact_posterior_in_any_chunks(exact, monkeyp
 
 def test_chunks_of_particles_add_up(monkeypatch):
     """Weights that differ: the estimate in chunks is the estimate in one go, for the same noise in total."""
-    from pyro_ae import draws
+    from pyro_ae import particles
 
     model, guide, x = ppca_file.example()
     posterior = posterior_of(model, guide, x)
     one = posterior.log_evidence(particles=20_000)
-    monkeypatch.setattr(draws, "CHUNK", 80_000)
+    monkeypatch.setattr(particles, "CHUNK", 80_000)
     chunked = posterior.log_evidence(particles=20_000)
     torch.testing.assert_close(one, chunked, atol=0.3, rtol=0)
     assert not torch.equal(one, chunked)

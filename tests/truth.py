@@ -56,3 +56,12 @@ def gaussian_mean_evidence(y: Tensor) -> Tensor:
     """Exact log p(y) of :func:`gaussian_mean`."""
     covariance = 1.5**2 * torch.eye(len(y)) + 4 * torch.ones(len(y), len(y))
     return dist.MultivariateNormal(torch.ones(len(y)), covariance).log_prob(y)
+
+
+def same_noise(*runs):
+    """What each function gives with the same random numbers."""
+    out = []
+    for run in runs:
+        torch.manual_seed(7)
+        out.append(run())
+    return out

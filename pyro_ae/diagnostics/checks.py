@@ -17,7 +17,8 @@ from torch.distributions import constraints
 from ..bounds import elbo, iwae
 from ..data import Call, LoadedRows, Rows
 from ..density import weigh
-from ..draws import CHUNK, encode
+from ..draws import encode
+from ..particles import chunk_size
 from ..sites import Layout, inspect_sites, quote
 from ..types import Guide, Model
 from .groups import View, at_draws, look
@@ -240,8 +241,7 @@ def _take(values: Tensor, index: Tensor | None) -> Tensor:
 
 def _log_weights(model: Model, guide: Guide, batch: Call, layout: Layout, particles: int) -> Tensor:
     """Log-weights ``[K, rows]``, or ``[K, 1]`` where they are joint."""
-    largest = max([1, *(s.shape.numel() for s in (*layout.model.values(), *layout.guide.values()))])
-    size = max(1, CHUNK // largest)
+    size = chunk_size(layout)
     parts = []
     for start in range(0, particles, size):
         part = weigh(model, guide, batch, min(size, particles - start), layout=layout).log_weights

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..data import Call, LoadedRows, Rows
@@ -19,7 +19,8 @@ from ..losses import importance
 from ..parameters import unknown_leaves
 from ..posterior import Posterior
 from ..program import Program, validation
-from ..types import Guide, Loss, Model
+from ..schedules import progress
+from ..types import Guide, Loss, Model, Sides
 from .run import Event, Run
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -141,6 +142,11 @@ class _Score(NamedTuple):
         return best.mean - self.mean > error
 
 
+def _scalar(loss: Tensor | Sides) -> float:
+    """What the history shows of a loss."""
+    return (loss if isinstance(loss, Tensor) else loss.model).item()
+
+
 def _standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
@@ -154,7 +160,9 @@ class _Fit:
         self.loss: Loss = loss.differentiable_loss if hasattr(loss, "differentiable_loss") else loss
         self.lr = config.lr or (1e-2 if program.automatic_guide else 1e-3)
         self.schedule = SCHEDULES[config.schedule] if isinstance(config.schedule, str) else config.schedule
-        self.named = program.parameters.trainable()
+        if isinstance(loss, nn.Module):
+            loss.to(program.device)
+        self.named = self._trainable()
         if not self.named:
             raise ValueError("neither the model nor the guide has a parameter to train")
         self.store_size = program.parameters.store_size()
@@ -171,6 +179,7 @@ class _Fit:
             self.total = config.steps or 5000
         self.interval = self.per_epoch if run.minibatched else max(1, self.total // 100)
         self.patience = 10 if config.early_stopping is True else int(config.early_stopping)
+        self.guided: set[str] = set()  # names in the param store that are the guide's
         self.history: dict[str, list[float]] = {}
         self.step = self.epoch = 0
 
@@ -238,14 +247,15 @@ class _Fit:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * self.schedule(self.step / self.total)
         program = self.program
-        loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs) / program.rows
+        with progress(self.step / self.total):
+            loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
         if self.step == 0:
-            self._check_leaves(loss)
-        value = loss.item()
+            self._check_leaves(loss, batch)
+        value = _scalar(loss) / program.rows
         if not math.isfinite(value):
             self._fail(f"the loss is {value}", batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self._backward(loss)
         if program.parameters.store_size() != self.store_size:
             self._adopt()
         gradients = {n: p.grad for n, p in self.named.items() if p.grad is not None}
@@ -258,9 +268,36 @@ class _Fit:
         self.optimizer.step()
         return value
 
+    def _backward(self, loss: Tensor | Sides) -> None:
+        rows = self.program.rows
+        if isinstance(loss, Tensor):
+            (loss / rows).backward()
+            return
+        members: dict[str, list[Tensor]] = {side: [] for side in loss._fields}
+        for name, p in self.named.items():
+            members[self._side(name)].append(p)
+        for side, scalar in loss._asdict().items():
+            if scalar is not None and scalar.requires_grad and members[side]:
+                torch.autograd.backward(scalar / rows, inputs=members[side], retain_graph=side != "critic")
+
+    def _side(self, name: str) -> str:
+        side = name.split(".")[0]
+        if side in ("model", "guide") and side in self.program.parameters.modules:
+            return side
+        if name.startswith("loss.") and isinstance(self.config.loss, nn.Module):
+            return "critic"
+        return "guide" if name in self.guided else "model"
+
+    def _trainable(self) -> dict[str, Tensor]:
+        named = self.program.parameters.trainable()
+        loss = self.config.loss
+        if isinstance(loss, nn.Module):
+            named |= {f"loss.{name}": p for name, p in loss.named_parameters() if p.requires_grad}
+        return named
+
     def _adopt(self) -> None:
         """Train parameters too that a program made only now."""
-        now = self.program.parameters.trainable()
+        now = self._trainable()
         new = [p for n, p in now.items() if n not in self.named]
         if new:
             self.optimizer.add_param_group({"params": new})
@@ -268,10 +305,13 @@ class _Fit:
         self.named = now
         self.store_size = self.program.parameters.store_size()
 
-    def _check_leaves(self, loss: Tensor) -> None:
-        if not loss.requires_grad:
+    def _check_leaves(self, loss: Tensor | Sides, batch: Call) -> None:
+        scalars = [loss] if isinstance(loss, Tensor) else [s for s in loss if s is not None and s.requires_grad]
+        if not scalars or not any(s.requires_grad for s in scalars):
             raise ValueError("the loss does not depend on any parameter of the model or guide")
-        unknown = unknown_leaves(loss, self.program.parameters.named())
+        if isinstance(loss, Sides):
+            self.guided = self.program.parameters.sampled_by(self.program.guide, batch)
+        unknown = unknown_leaves(sum(scalars[1:], scalars[0]), self.program.parameters.named() | self.named)
         if unknown:
             shapes = ", ".join(str(tuple(t.shape)) for t in unknown[:4])
             raise ValueError(
@@ -313,7 +353,7 @@ class _Fit:
             for batch in held.batches(size, shuffle=False, device=device):
                 rows = next(t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.dim())
                 loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
-                values.append(loss.item() / program.rows)
+                values.append(_scalar(loss) / program.rows)
                 weights.append(float(rows.shape[0]))
         return _Score(torch.tensor(values), torch.tensor(weights), True)
 
@@ -321,7 +361,7 @@ class _Fit:
         metrics = {"step": self.step, "epoch": self.epoch, "loss": sum(losses) / len(losses)}
         if score.paired:
             metrics["validation"] = score.mean
-        if not any(s.enumerated for s in self.program.layout.model.values()):
+        if not any(s.enumerated for s in self.program.layout.guide.values()):
             with self.program.parameters.mode(train=False), torch.random.fork_rng(devices=()):
                 terms = site_terms(self.program.model, self.program.guide, batch)  # type: ignore[arg-type]
             metrics |= {name: value / self.program.rows for name, value in terms.items()}

@@ -1,0 +1,21 @@
+"""Losses: what svi minimises, as functions of (model, guide, batch)."""
+
+from .aggregate import aggregate, info_vae, wasserstein
+from .importance import importance, piwae
+from .kl import annealed, autogen, capacity, free_bits, soft_free_bits, total_correlation
+from .wake_sleep import wake_sleep
+
+__all__ = [
+    "aggregate",
+    "annealed",
+    "autogen",
+    "capacity",
+    "free_bits",
+    "importance",
+    "info_vae",
+    "piwae",
+    "soft_free_bits",
+    "total_correlation",
+    "wake_sleep",
+    "wasserstein",
+]
