@@ -1,4 +1,4 @@
-"""The command line: ``pyro-ae quickstart``, ``pyro-ae datasets``, ``pyro-ae cite``."""
+"""The command line: ``pyro-ae quickstart``, ``pyro-ae datasets``, ``pyro-ae cite``, ``pyro-ae reproduce``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pyro-ae",
         description="Posteriors you can trust from models you write as Pyro functions.",
-        epilog="examples:\n  pyro-ae quickstart\n  pyro-ae datasets\n  pyro-ae cite VAE iwae\n\n"
+        epilog="examples:\n  pyro-ae quickstart\n  pyro-ae datasets\n  pyro-ae cite VAE iwae\n  pyro-ae reproduce\n\n"
         "'pyro-ae COMMAND --help' says more about a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,6 +117,31 @@ def _parser() -> argparse.ArgumentParser:
         ["pyro-ae cite vae", "pyro-ae cite iwae amortized", "pyro-ae cite pyro_ae.bounds.elbo", "pyro-ae cite"],
     )
     cite.add_argument("names", nargs="*", metavar="NAME", help="what to cite (default: everything)")
+
+    reproduce = _command(
+        commands,
+        "reproduce",
+        _reproduce,
+        "run a paper's comparison, and check its claims",
+        "Runs a paper's method and its baselines under one protocol, checks the paper's claims on the results, and "
+        "prints them beside the paper's own numbers. Without a name it lists the papers.",
+        [
+            "pyro-ae reproduce",
+            "pyro-ae reproduce importance_weighted_autoencoder",
+            "pyro-ae reproduce importance_weighted_autoencoder --scale full --seed 1 --out table.csv",
+        ],
+    )
+    reproduce.add_argument("name", nargs="?", metavar="NAME", help="which paper (default: list them)")
+    reproduce.add_argument(
+        "--scale",
+        default="small",
+        metavar="SCALE",
+        help="small, within seconds; full, the paper's own; or another that the paper has (default: %(default)s)",
+    )
+    reproduce.add_argument(
+        "--seed", type=_whole(0), default=0, metavar="N", help="makes the run repeatable (default: 0)"
+    )
+    reproduce.add_argument("--out", metavar="FILE", help="where to write the table, as CSV")
     return parser
 
 
@@ -196,6 +221,23 @@ def _cite(arguments: argparse.Namespace) -> None:
     texts = {name: cite(thing) for name, thing in found.items()}
     for name, text in texts.items():
         print(name, *text.splitlines(), sep="\n  ")
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from .reproduce import load, names, paragraphs, reproduce
+
+    if arguments.name is None:
+        papers = {name: load(name) for name in names()}
+        width = max(map(len, papers))
+        for name, paper in papers.items():
+            print(f"{name:{width}}  {paragraphs(paper)[0]} Scales: {', '.join(paper.SCALES)}.")
+        return
+    if arguments.out:
+        open(arguments.out, "a").close()  # a file that cannot be written is better known before the run
+    report = reproduce(arguments.name, arguments.scale, arguments.seed, progress=True)
+    print(report)
+    if arguments.out:
+        report.table.to_csv(arguments.out, index=False)
 
 
 def _citable() -> dict[str, Any]:
