@@ -25,16 +25,16 @@ def cite(thing: Any) -> str:
     """
     if inspect.ismodule(thing):
         parts = [v for v in vars(thing).values() if getattr(v, "__module__", None) == thing.__name__]
-        found = list(dict.fromkeys(r for p in parts for r in _references(p)))
+        found = list(dict.fromkeys(r for p in (thing, *parts) for r in references(p)))
     else:
-        found = _references(thing) or _references(type(thing))
+        found = references(thing) or references(type(thing))
     if not found:
         name = getattr(thing, "__name__", type(thing).__name__)
         raise ValueError(f"{name} has no References section in its docstring")
     return "\n".join(found)
 
 
-def _references(thing: Any) -> list[str]:
+def references(thing: Any) -> list[str]:
     """The entries of a docstring's References section; an entry ends with its address."""
     lines = (inspect.getdoc(thing) or "").splitlines()
     if "References:" not in lines:

@@ -241,13 +241,14 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _citable() -> dict[str, Any]:
-    """Dotted name to whatever has references: in the public names' modules, in the models and in the guides."""
+    """Dotted name to whatever has references: in the core, the models and the guides, and in the papers' files."""
     import pyro_ae
 
-    from . import guides, models
+    from . import guides, models, papers
+    from .cite import references
 
-    names = {getattr(pyro_ae, name).__module__ for name in pyro_ae.__all__}
-    for package in (models, guides):
+    names = {info.name for info in pkgutil.walk_packages(pyro_ae.__path__, "pyro_ae.") if not info.ispkg}
+    for package in (models, guides, papers):
         names |= {info.name for info in pkgutil.iter_modules(package.__path__, package.__name__ + ".")}
     found: dict[str, Any] = {}
     for name in sorted(names):
@@ -255,9 +256,9 @@ def _citable() -> dict[str, Any]:
         inside = {
             f"{name}.{key}": thing
             for key, thing in vars(module).items()
-            if getattr(thing, "__module__", None) == name and "References:" in (getattr(thing, "__doc__", None) or "")
+            if getattr(thing, "__module__", None) == name and references(thing)
         }
-        if inside:
+        if inside or references(module):
             found |= {name: module} | inside
     return found
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
 from .data import Call, LoadedRows, Rows
-from .density import refuse_shared, weigh
+from .density import Weights, refuse_shared, weigh
 from .particles import chunk_size, gather, run_particles
 from .program import Program, validation
-from .sites import Layout, Recorder, pointwise_log_prob
+from .sites import Layout, Recorder, elements_of, is_auxiliary, pointwise_log_prob, quote
 from .types import Draws
 
 
@@ -105,10 +106,22 @@ def log_evidence(program: Program, batch: Call, particles: int) -> Tensor:
         for start in range(0, particles, chunk):
             weights = weigh(model, guide, batch, min(chunk, particles - start), layout=layout)
             refuse_shared(weights, "log_evidence")
+            _refuse_points(weights)
             part = weights.log_weights.logsumexp(0)
             total = part if total is None else torch.logaddexp(total, part)
         assert total is not None
         return (total - math.log(particles)).cpu()
+
+
+def _refuse_points(weights: Weights) -> None:
+    latents = weights.passes[0].latents
+    points = [s["name"] for s in latents if isinstance(elements_of(s["fn"]), Delta)]
+    # Pyro's autoguides draw in an auxiliary site and hand its density over to a Delta
+    if points and not any(is_auxiliary(s) for s in latents):
+        raise ValueError(
+            f"the guide gives {quote(points)} a single point, which has no density to weigh, so it says nothing of "
+            "log p(x): use a guide with a density, such as MeanField, for the evidence"
+        )
 
 
 def encode(program: Program, batch: Call, draws: int) -> dict[str, Tensor]:

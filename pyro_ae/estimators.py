@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from .bounds import is_linear
 from .density import Pass, Weights
-from .sites import is_latent
+from .sites import elements_of, is_latent
 from .types import Bound
 
 CURES = (
@@ -239,9 +239,7 @@ def _scaled(run: Pass, site: dict, divergence: Tensor) -> Tensor:
 
 def base_of(site: dict) -> Distribution:
     """The distribution of a latent's elements, which must be independent of one another."""
-    fn = site["fn"]
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
+    fn: Distribution = elements_of(site["fn"])
     if fn.event_shape:
         raise ValueError(
             f"the elements of site '{site['name']}' are tied together by {type(fn).__name__}, so none has a density "

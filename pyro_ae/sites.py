@@ -12,7 +12,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Independent, biject_to
 
 from .data import call_with
 from .types import Draws, Guide, Model
@@ -70,6 +70,13 @@ class Recorder(Messenger):
     def scored(self) -> list[dict]:
         """The sites that have a density: no subsampled indices, no deterministic sites."""
         return [s for s in self.sites.values() if not site_is_subsample(s) and not is_deterministic(s)]
+
+
+def elements_of(fn: Any) -> Any:
+    """A distribution without the event dims that ``to_event`` gave it."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
 
 
 def is_deterministic(site: dict) -> bool:

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from discovery import modules
 from pyro_ae import elbo, fit, importance, iwae, log_weights, svi
+from pyro_ae.bounds import ciwae, cubo, jackknife, miwae, renyi, tvo
 from pyro_ae.data import call_with
 from pyro_ae.density import log_joint
+from pyro_ae.losses.importance import name_of
 from pyro_ae.particles import gather, run_particles
 from pyro_ae.plates import Scaled
 from pyro_ae.sites import inspect_sites, site_log_prob
 
+BOUNDS = [elbo, iwae, miwae(2, 2), ciwae(0.5), renyi(0.5), cubo(2), jackknife(1), tvo(3)]
 MODELS = [pytest.param(m, id=n) for n, m in modules("pyro_ae.models")]
 
 
@@ -70,11 +73,11 @@ def test_gradients_are_finite(module):
     assert not bad
 
 
-@pytest.mark.parametrize("bound", [elbo, iwae], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("bound", BOUNDS, ids=name_of)
 @pytest.mark.parametrize("module", MODELS)
 def test_every_bound_trains_every_model(module, bound):
     model, guide, x = module.example()
-    posterior = fit(model, x, guide=guide, method=svi(loss=importance(bound, 3), steps=2), batch_size=5, progress=False)
+    posterior = fit(model, x, guide=guide, method=svi(loss=importance(bound, 4), steps=2), batch_size=5, progress=False)
     values = [v for values in posterior.history.values() for v in values]
     assert torch.isfinite(torch.tensor(values)).all()
 

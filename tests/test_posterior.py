@@ -52,6 +52,15 @@ def test_evidence_is_exact_with_the_exact_posterior_in_any_chunks(exact, monkeyp
     torch.testing.assert_close(posterior.log_evidence(x[:5], particles=7), expected[:5], atol=1e-4, rtol=0)
 
 
+def test_a_point_has_no_evidence():
+    """Its log-density of 0 would count as if the posterior had no spread to account for."""
+    from pyro.infer.autoguide import AutoDelta
+
+    posterior = fit(gaussian_mean, torch.randn(5), guide=AutoDelta(gaussian_mean), progress=False, method=svi(steps=5))
+    with pytest.raises(ValueError, match="gives 'mu' a single point"):
+        posterior.log_evidence()
+
+
 def test_chunks_of_particles_add_up(monkeypatch):
     """Weights that differ: the estimate in chunks is the estimate in one go, for the same noise in total."""
     from pyro_ae import particles

@@ -1,6 +1,7 @@
 """``fit`` beside a hand-written PyTorch loop with the same networks.
 
 python tests/benchmarks/vae.py steps            milliseconds a step, side by side, and their ratio
+python tests/benchmarks/vae.py memory           peak memory of a step, side by side
 python tests/benchmarks/vae.py mnist            test bounds after 20 epochs on statically binarised MNIST
 """
 
@@ -11,10 +12,12 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from handwritten import Networks, evaluate, train
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from pyro_ae import Posterior, datasets, fit, importance, iwae, svi
 from pyro_ae.guides.amortized import Amortized
@@ -60,6 +63,27 @@ def steps(repeats: int) -> None:
         print(f"{batch_size:>5} {particles:>3} {times} {spread[0]:>17} {spread[1]:>17}", flush=True)
 
 
+def peak(run: Callable[[], object]) -> float:
+    """The most that was allocated at once by torch, in MiB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    return float(live.max()) / 2**20
+
+
+def memory() -> None:
+    x, start = torch.bernoulli(torch.full((400, 784), 0.2)), Networks()
+    print(f"{'batch':>5} {'K':>3} {'by hand':>9} {'fit':>9} {'ratio':>6}   (MiB)")
+    for batch_size, particles in ((128, 1), (20, 1), (128, 16), (20, 50)):
+        method = svi(loss=importance(iwae, particles), steps=25)
+        networks = [copy.deepcopy(start) for _ in range(2)]
+        options = {"batch_size": batch_size, "steps": 25, "particles": particles, "lr": 1e-3, "fused": True}
+        runs = [partial(train, networks[0], x, **options), partial(ours, networks[1], x, method, batch_size)]
+        by_hand, fitted = (peak(run) for run in runs)
+        print(f"{batch_size:>5} {particles:>3} {by_hand:>9.2f} {fitted:>9.2f} {fitted / by_hand:>6.2f}", flush=True)
+
+
 def mnist(epochs: int, seeds: int, particles: int) -> None:
     data = datasets.load("mnist_static_binarized")
     x, test = data.train["x"].flatten(1), data.test["x"].flatten(1)[::5]
@@ -81,7 +105,7 @@ def mnist(epochs: int, seeds: int, particles: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["steps", "mnist"])
+    parser.add_argument("what", choices=["steps", "memory", "mnist"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2)
@@ -89,5 +113,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.what == "steps":
         steps(options.repeats)
+    elif options.what == "memory":
+        memory()
     else:
         mnist(options.epochs, options.seeds, options.particles)
