@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .data import call_with
-from .enumeration import Term, marginalise
+from .enumeration import marginalise
 from .particles import chunk_size, say_serial, why_serial
 from .plates import particle_plate
 from .sites import Layout, Recorder, inspect_sites, is_auxiliary, is_latent, quote, site_log_prob
@@ -117,9 +117,19 @@ class Pass:
         """The guide's sites that were drawn."""
         return [s for s in self.guided if is_latent(s)]
 
-    def total(self, sites: Iterable[dict], read: Callable[[dict], Tensor] | None = None) -> Tensor:
-        """What ``read`` gives of each site (its log-density), summed to ``[K, *batch]``, without the rows' scale."""
+    def total(
+        self, sites: Iterable[dict], read: Callable[[dict], Tensor] | None = None, *, terms: bool = False
+    ) -> Tensor:
+        """What ``read`` gives of each site (its log-density), summed to ``[K, *batch]``, without the rows' scale.
+
+        With ``terms`` the model's sites from which latents were summed out are counted too.
+        """
         parts = [_reduce((read or self.log_prob)(s), self.keep, self.sizes, s["name"]) for s in sites]
+        if terms:
+            parts += [
+                _reduce(t.log_prob * self.scale_of(t.scale), self.keep, self.sizes, "', '".join(t.names))
+                for t in self.terms
+            ]
         out = sum(parts[1:], parts[0]) if parts else torch.zeros(self.sizes)
         return out if self.particles > 1 else out.unsqueeze(0)
 
@@ -132,14 +142,9 @@ class Pass:
 
     @cached_property
     def log_p(self) -> Tensor:
-        terms = [self._term(t) for t in self.terms]
-        if not self.modelled and not terms:
+        if not self.modelled and not self.terms:
             raise ValueError("the model has no sample site, so there is nothing to weigh")
-        return sum(terms, self.total(self.modelled)) if self.modelled else sum(terms[1:], terms[0])
-
-    def _term(self, term: Term) -> Tensor:
-        out = _reduce(term.log_prob * self.scale_of(term.scale), self.keep, self.sizes, "', '".join(term.names))
-        return out if self.particles > 1 else out.unsqueeze(0)
+        return self.total(self.modelled, terms=True)
 
     @cached_property
     def log_q(self) -> Tensor:

@@ -194,15 +194,15 @@ def _derivatives(bound: Bound, log_w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction(run: Pass) -> Tensor:
-    """The log-density of all that is not in a KL divergence: of observed sites and factors, ``[K, *batch]``."""
+    """The log-density of all that is not in a KL divergence: of observed sites and factors, ``[K, *batch]``.
+
+    What the guide has besides the model's latents, auxiliary sites and factors, is taken off it.
+    """
     names = {s["name"] for s in run.latents}
-    return run.log_p - run.total(s for s in run.modelled if s["name"] in names) - _auxiliary(run)
-
-
-def _auxiliary(run: Pass) -> Tensor:
-    """The guide's sites that the model lacks, and its factors."""
     own = {s["name"] for s in run.modelled}
-    return run.total(s for s in run.guided if not is_latent(s) or s["name"] not in own)
+    extra = [s for s in run.guided if not is_latent(s) or s["name"] not in own]
+    rest = run.total([s for s in run.modelled if s["name"] not in names], terms=True)
+    return rest - run.total(extra) if extra else rest
 
 
 def kl(run: Pass) -> Tensor:
