@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from pyro.distributions import Delta
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .data import Call, LoadedRows, Rows
 from .density import Weights, refuse_shared, weigh
+from .enumeration import enumerating, marginalise
 from .particles import chunk_size, gather, run_particles
 from .program import Program, validation
 from .sites import Layout, Recorder, elements_of, is_auxiliary, pointwise_log_prob, quote
@@ -51,6 +52,7 @@ def replay(
     read: Callable[[Layout, list[Recorder], int], dict[str, Tensor]],
     *,
     generate: bool = False,
+    enumerate: bool = False,
 ) -> dict[str, Tensor]:
     """Run the model at draws of its latents ``[draws, *shape]`` and read sites from the runs.
 
@@ -58,6 +60,7 @@ def replay(
         values: latent to draws; latents without are sampled from the prior, in one draw where none has any.
         read: the layout, the runs and the number of draws in them, to site and ``[draws, *shape]``.
         generate: whether to sample the observed sites.
+        enumerate: whether to run all values of discrete latents that have no draws, in place of sampling them.
     """
     particles = len(next(iter(values.values()))) if values else 1
     with _running(program):
@@ -65,7 +68,8 @@ def replay(
 
         def part(k: int, start: int) -> dict[str, Tensor]:
             some = {n: v[start : start + k].to(program.device) for n, v in values.items()}
-            runs = run_particles(program.model, batch, k, layout, layout.model, some, generate=generate)
+            with enumerating(layout.nesting + 1) if enumerate else nullcontext():  # to the left of the particles
+                runs = run_particles(program.model, batch, k, layout, layout.model, some, generate=generate)
             return read(layout, runs, k)
 
         return _chunked(particles, layout, part)
@@ -81,18 +85,31 @@ def means(program: Program, values: Draws, batch: Call) -> dict[str, Tensor]:
 
 
 def log_likelihood(program: Program, values: Draws, batch: Call) -> dict[str, Tensor]:
-    """The log-density of each observed site at draws of the latents, ``[draws, *batch]``."""
+    """The log-density of each observed site at draws of the latents, ``[draws, *batch]``; others are summed out."""
 
     def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+        found: list[dict[str, Tensor]] = []
+        for run in runs:
+            sites, terms = marginalise(run.scored)
+            densities = {s["name"]: pointwise_log_prob(s) for s in sites}
+            for term in terms:
+                observed = [n for n in term.names if layout.model[n].kind == "observed"]
+                if len(observed) != 1 or observed[0] in densities:
+                    raise ValueError(
+                        f"the observed sites {quote(observed)} share latents that are summed out, so none has a "
+                        "likelihood of its own"
+                    )
+                densities[observed[0]] = term.log_prob
+            found.append(densities)
         out = {}
         for name in layout.names("observed"):
-            terms = [pointwise_log_prob(r.sites[name]) for r in runs]
-            value = torch.stack(terms) if len(runs) == k > 1 else terms[0]
+            value = torch.stack([f[name] for f in found]) if len(found) == k > 1 else found[0][name]
             wanted = torch.Size((k, *layout.model[name].batch))
             out[name] = value.reshape(wanted) if value.numel() == wanted.numel() else value.expand(wanted)
         return out
 
-    return replay(program, values, batch, read)
+    latents = {n: s for n, s in program.layout.model.items() if s.kind == "latent" and n not in values}
+    return replay(program, values, batch, read, enumerate=any(s.enumerable for s in latents.values()))
 
 
 def log_evidence(program: Program, batch: Call, particles: int) -> Tensor:

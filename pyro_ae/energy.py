@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.fx.traceback import annotate
 
 from .data import call_with
 from .density import first_bad_site
+from .enumeration import enumerating, marginalise
 from .sites import Recorder, anywhere, draw_or_any, inspect_sites, site_log_prob
 from .types import Draws, Model
 
@@ -22,6 +26,11 @@ def _median(site: Any) -> Tensor:
         return anywhere(site)
 
 
+def _continuous(init: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Discrete latents are summed out, so any value of theirs does."""
+    return lambda site: draw_or_any(site) if site["fn"].support.is_discrete else init(site)
+
+
 INITS = {"prior": draw_or_any, "median": _median, "uniform": anywhere}
 
 
@@ -31,7 +40,7 @@ class Energy:
     .. math:: U(v) = -\log p(x, T(v)) - \log \lvert \det J_T(v) \rvert
 
     Arguments:
-        model: a callable with Pyro sites; its discrete latents must have been marginalised.
+        model: a callable with Pyro sites; its discrete latents are summed out.
         batch: as for ``fit``.
 
     Attributes:
@@ -39,7 +48,7 @@ class Energy:
         layout: the sites of the model.
 
     Raises:
-        ValueError: for a discrete latent, or one whose support depends on another.
+        ValueError: for a discrete latent of infinitely many values, or one whose support depends on another.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -54,12 +63,17 @@ class Energy:
         self.layout = inspect_sites(model, None, batch)
         again = inspect_sites(model, None, batch)
         self.transforms: dict[str, Any] = {}
+        self.enumerated: list[str] = []
         for name in self.layout.names("latent"):
             support = self.layout.model[name].support
             if support.is_discrete:
-                raise ValueError(
-                    f"site '{name}' is discrete, so the energy has no gradient in it: marginalise it, or fit with svi"
-                )
+                if not self.layout.model[name].enumerable:
+                    raise ValueError(
+                        f"site '{name}' is discrete and has no finite list of values to sum over, so the energy has no "
+                        "gradient in it: sum it out by hand, give it bounds, or fit with svi"
+                    )
+                self.enumerated.append(name)
+                continue
             if not _same(support, again.model[name].support):
                 raise ValueError(
                     f"the support of site '{name}' depends on another latent: sample it on a fixed support and "
@@ -71,13 +85,25 @@ class Energy:
 
     def __call__(self, v: Draws, batch: Any = None) -> Tensor:
         """The energy, a scalar in nats, at unconstrained values; on another batch where one is given."""
-        args, kwargs = call_with(self.batch if batch is None else batch)
         values = self.constrain(v)
-        with Recorder(values) as r:
-            self.model(*args, **kwargs)
-        log_prob = sum(site_log_prob(s).sum() for s in r.scored)
+        sites, terms = marginalise(self._run(values, self.batch if batch is None else batch).scored)
+        log_prob: Tensor | float = 0.0
+        for site in sites:
+            with annotate({"site": site["name"]}):  # so that a captured graph knows whose an op is
+                log_prob = log_prob + site_log_prob(site).sum()
+        for term in terms:
+            log_prob = log_prob + (term.log_prob * term.scale).sum()
         jacobian = sum(t.log_abs_det_jacobian(v[n], values[n]).sum() for n, t in self.transforms.items())
         return -(log_prob + jacobian)
+
+    def _run(self, values: Draws, batch: Any) -> Recorder:
+        args, kwargs = call_with(batch)
+        with ExitStack() as stack:
+            if self.enumerated:
+                stack.enter_context(enumerating(self.layout.nesting))
+            recorder = stack.enter_context(Recorder(values))
+            self.model(*args, **kwargs)
+        return recorder
 
     def constrain(self, v: Draws) -> dict[str, Tensor]:
         """Unconstrained values, with any leading dims, to the values that the model samples."""
@@ -102,7 +128,7 @@ class Energy:
         args, kwargs = call_with(self.batch)
         for attempt in range(tries):
             init = INITS[strategy] if attempt < tries // 2 else anywhere
-            with torch.no_grad(), Recorder() as r, InitMessenger(init):
+            with torch.no_grad(), Recorder() as r, InitMessenger(_continuous(init)):
                 self.model(*args, **kwargs)
             values = {n: r.sites[n]["value"].detach() for n in self.transforms}
             v = {n: x.detach().clone().requires_grad_() for n, x in self.unconstrain(values).items()}

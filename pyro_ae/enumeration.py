@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from opt_einsum import shared_intermediates
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.packed import pack
 from pyro.ops.rings import LogRing
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .sites import quote
+
+
+class _Marking(Messenger):
+    """Mark every discrete latent that has no value yet for parallel enumeration."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not msg["done"] and getattr(msg["fn"], "has_enumerate_support", False):
+            msg["infer"] = {**(msg["infer"] or {}), "enumerate": "parallel"}
+
+
+@contextmanager
+def enumerating(nesting: int) -> Iterator[None]:
+    """Run a model with all values of its discrete latents at once, in dims to the left of ``nesting`` plates."""
+    with EnumMessenger(-nesting - 1), _Marking():
+        yield
 
 
 class Term(NamedTuple):

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from .data import LoadedRows, Rows, as_rows
-from .engines.nuts import nuts
+from .engines.nuts import hmc, nuts
 from .engines.run import Event, Run
 from .engines.svi import svi
 from .posterior import Posterior
 from .types import Engine, Guide, Model, Recipe
 
-METHODS: dict[str, Callable[[], Engine]] = {"svi": svi, "nuts": nuts}
+METHODS: dict[str, Callable[[], Engine]] = {"svi": svi, "nuts": nuts, "hmc": hmc}
 
 
 def fit(
@@ -48,7 +48,8 @@ def fit(
             Entries without rows, such as numbers and strings, pass through unchanged. NaN is a missing value.
         guide: samples the latents, with the model's arguments. Without one svi makes a mean-field guide for latents
             outside the plate. Samplers do without.
-        method: ``"svi"`` or ``"nuts"`` with their defaults, or a configured engine such as ``svi(epochs=20)``.
+        method: ``"svi"``, ``"nuts"`` or ``"hmc"`` with their defaults, or a configured engine such as
+            ``svi(epochs=20)``.
         batch_size: rows of a minibatch; all rows at once by default.
         plate: name of the plate of the rows.
         device: ``"auto"`` for a GPU where there is one, or a torch device. Modules are moved there.

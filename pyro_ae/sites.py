@@ -116,6 +116,7 @@ class Site:
     plates: tuple[tuple[str, int, int], ...] = ()
     support: Any = None
     enumerated: bool = False
+    enumerable: bool = False
 
 
 @dataclass
@@ -161,6 +162,7 @@ def _describe(site: dict) -> Site:
         plates=tuple((f.name, f.dim, f.size) for f in vectorized),
         support=getattr(fn, "support", None) if kind == "latent" else None,
         enumerated=bool(site["infer"] and site["infer"].get("enumerate")),
+        enumerable=bool(getattr(fn, "has_enumerate_support", False)),
     )
 
 

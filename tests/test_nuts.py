@@ -11,7 +11,7 @@ import pytest
 import torch
 from truth import gaussian_mean, gaussian_mean_posterior
 
-from pyro_ae import fit, nuts
+from pyro_ae import fit, hmc, nuts, svi
 
 
 def error(draws: torch.Tensor, kind: str = "mean") -> float:
@@ -25,28 +25,38 @@ def agrees(draws: torch.Tensor, mean: float, sd: float) -> None:
     assert abs(float(draws.std()) - sd) < 4 * error(draws, "sd")
 
 
-def test_a_conjugate_target():
+BACKENDS = ["numpyro", "pyro"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("engine", [nuts, hmc], ids=lambda e: e.__name__)
+def test_a_conjugate_target(engine, backend):
     y = torch.randn(20) + 2
-    posterior = fit(gaussian_mean, y, method=nuts(draws=400, warmup=200, chains=2), seed=0, progress=False)
+    method = engine(draws=400, warmup=200, chains=2, backend=backend)
+    posterior = fit(gaussian_mean, y, method=method, seed=0, progress=False)
     loc, scale = gaussian_mean_posterior(y)
     agrees(posterior.draws["mu"], loc.item(), scale.item())
     assert posterior.draws["mu"].shape == (2, 400)
     assert posterior.draws["mu"][0].unique().numel() > 100
 
 
-def test_a_skewed_target_with_a_positive_support():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_skewed_target_with_a_positive_support(backend):
     """Gamma(3, 2): the Jacobian of the log transform counts, or the mean is off."""
 
     def model():
         pyro.sample("g", dist.Gamma(3.0, 2.0))
 
-    posterior = fit(model, None, method=nuts(draws=600, warmup=300, chains=2), seed=0, progress=False)
+    method = nuts(draws=600, warmup=300, chains=2, backend=backend)
+    posterior = fit(model, None, method=method, seed=0, progress=False)
     agrees(posterior.draws["g"], 1.5, math.sqrt(3) / 2)
 
 
-def test_sampler_statistics_in_arvizs_names():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampler_statistics_in_arvizs_names(backend):
     y = torch.randn(20)
-    posterior = fit(gaussian_mean, y, method=nuts(draws=60, warmup=60, chains=2), seed=0, progress=False)
+    method = nuts(draws=60, warmup=60, chains=2, backend=backend)
+    posterior = fit(gaussian_mean, y, method=method, seed=0, progress=False)
     stats = posterior.stats
     assert set(stats) == {
         "diverging",
@@ -66,7 +76,9 @@ def test_sampler_statistics_in_arvizs_names():
     mu = posterior.draws["mu"]
     lp = dist.Normal(1.0, 2.0).log_prob(mu) + dist.Normal(mu[..., None], 1.5).log_prob(y).sum(-1)
     torch.testing.assert_close(stats["lp"].float(), lp, atol=1e-3, rtol=1e-4)
-    assert (stats["energy"] >= -stats["lp"].roll(1, -1))[:, 1:].all(), "kinetic energy is not negative"
+    # the energy is NumPyro's of the draw itself, and Pyro's of where the trajectory began
+    potential = -(stats["lp"] if backend == "numpyro" else stats["lp"].roll(1, -1))
+    assert (stats["energy"] >= potential - 1e-4)[:, 1:].all(), "kinetic energy is not negative"
 
 
 def test_same_seed_same_draws_and_chains_differ():
@@ -88,7 +100,7 @@ def test_divergences_are_counted():
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
         pyro.sample("x", dist.Normal(torch.zeros(9), (v / 2).exp()).to_event(1))
 
-    method = nuts(draws=150, warmup=50, chains=1, target_accept=0.6)
+    method = nuts(draws=300, warmup=100, chains=4, target_accept=0.5)
     posterior = fit(funnel, None, method=method, seed=0, progress=False)
     assert posterior.stats["diverging"].sum() > 0
     assert "divergences" in repr(posterior)
@@ -122,14 +134,29 @@ def test_an_improper_prior_and_one_that_stays_positive_by_itself():
     agrees(posterior.draws["mu"], 6.5, 5.0)
 
 
-def test_interruption_keeps_complete_chains():
-    def stop(event):
-        if event.epoch == 1:
+def test_interruption_keeps_what_is_drawn():
+    def interrupt(event):
+        if event.metrics["drawn"] >= at:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # outside the chain it is the user's own business
-        fit(gaussian_mean, torch.ones(5), method=nuts(10, 10, 2), callbacks=[stop], progress=False)
+    method = nuts(draws=100, warmup=100, chains=3)
+    at = 20
+    posterior = fit(gaussian_mean, torch.ones(5), method=method, callbacks=[interrupt], progress=False)
+    assert posterior.interrupted
+    chains, draws = posterior.draws["mu"].shape
+    assert chains == 3
+    assert 20 <= draws < 100
+    at = 0
+    with pytest.raises(KeyboardInterrupt, match="during the warm-up"):
+        fit(gaussian_mean, torch.ones(5), method=method, callbacks=[interrupt], progress=False)
+    stopped = fit(
+        gaussian_mean, torch.ones(5), method=method, callbacks=[lambda e: e.metrics["drawn"] > 0], progress=False
+    )
+    assert not stopped.interrupted
+    assert stopped.draws["mu"].shape[1] < 100
 
+
+def test_pyros_interruption_keeps_complete_chains():
     calls = []
 
     def model(y):
@@ -138,7 +165,8 @@ def test_interruption_keeps_complete_chains():
             raise KeyboardInterrupt
         gaussian_mean(y)
 
-    posterior = fit(model, torch.ones(5), method=nuts(draws=20, warmup=20, chains=50), seed=0, progress=False)
+    method = nuts(draws=20, warmup=20, chains=50, backend="pyro")
+    posterior = fit(model, torch.ones(5), method=method, seed=0, progress=False)
     assert posterior.interrupted
     assert 1 <= posterior.draws["mu"].shape[0] < 50
     assert posterior.draws["mu"].shape[1] == 20
@@ -150,9 +178,25 @@ def test_refusals():
         fit(gaussian_mean, y, method="nuts", batch_size=4, progress=False)
     with pytest.raises(ValueError, match="'k' is discrete"):
         fit(lambda: pyro.sample("k", dist.Poisson(1.0)), None, method="nuts", progress=False)
-    for bad in ({"draws": 0}, {"target_accept": 1.0}, {"init": "map"}, {"warmup": -1}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            nuts(**bad)
+    with pytest.raises(ValueError, match="no latent site"):
+        fit(lambda y: pyro.sample("y", dist.Normal(0.0, 1.0).expand([8]).to_event(1), obs=y), y, method="nuts")
+    for bad in ({"draws": 0}, {"target_accept": 1.0}, {"init": "map"}, {"warmup": -1}, {"backend": "stan"}):
+        for engine in (nuts, hmc):
+            with pytest.raises(ValueError, match=next(iter(bad))):
+                engine(**bad)
+    with pytest.raises(ValueError, match="float64 is for backend='numpyro'"):
+        nuts(float64=True, backend="pyro")
+    with pytest.raises(ValueError, match="trajectory_length must be positive"):
+        hmc(trajectory_length=0.0)
+
+    def branching(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        loc = mu if mu > 0 else -mu
+        pyro.sample("y", dist.Normal(loc, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match=r"depends on the values.*nuts\(backend='pyro'\)"):
+        fit(branching, y, method="nuts", progress=False)
+    assert fit(branching, y, method=nuts(draws=5, warmup=5, chains=1, backend="pyro"), progress=False).draws
 
     def impossible(y):
         s = pyro.sample("s", dist.Normal(0.0, 1.0))
@@ -160,6 +204,86 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="'y'"):
         fit(impossible, y, method="nuts", progress=False)
+
+
+def test_discrete_latents_are_summed_out():
+    """A mixture with known parts: the weight's posterior has one dimension, and is taken on a grid."""
+    y = torch.tensor([-1.1, 2.2, 1.7, 1.9, -0.8, 2.4, 0.4])
+
+    def mixture(y):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(p))
+            pyro.sample("y", dist.Normal(3 * k - 1, 1.0), obs=y)
+
+    grid = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64)
+    parts = torch.stack([dist.Normal(-1.0, 1.0).log_prob(y).exp(), dist.Normal(2.0, 1.0).log_prob(y).exp()]).double()
+    log_p = ((1 - grid[:, None]) * parts[0] + grid[:, None] * parts[1]).log().sum(1) + (grid * (1 - grid)).log()
+    mass = log_p.softmax(0)
+    mean = (mass * grid).sum()
+    sd = ((mass * grid**2).sum() - mean**2).sqrt()
+    posterior = fit(mixture, y, method=nuts(draws=500, warmup=300, chains=2), seed=0, progress=False)
+    agrees(posterior.draws["p"], mean.item(), sd.item())
+    assert set(posterior.draws) == {"p"}
+    assert posterior.predict(draws=20)["y"].shape == (20, 7)
+    # each row's likelihood is summed as well, and not that of a component drawn from the prior
+    p = posterior.draws["p"].flatten()[:, None]
+    exact = ((1 - p) * parts[0] + p * parts[1]).log()
+    torch.testing.assert_close(posterior.log_likelihood()["y"].double(), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_a_warm_start_from_a_fitted_guide():
+    """Initial points and scales are those of the guide, so a short warm-up does where scales are far from one."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), torch.tensor([1000.0, 1.0, 0.001])).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu[..., 1], 1.0), obs=y)
+
+    y = torch.randn(10) + 1
+    guided = fit(model, y, method=svi(lr=0.05, steps=2000), seed=0, progress=False)
+    for dense in (False, True):
+        method = nuts(draws=200, warmup=10, chains=2, init=guided, dense_mass=dense)
+        warm = fit(model, y, method=method, seed=0, progress=False)
+        assert warm.stats["n_steps"].double().mean() < 60
+    cold = fit(model, y, method=nuts(draws=200, warmup=10, chains=2), seed=0, progress=False)
+    assert cold.stats["n_steps"].double().mean() > 300
+    assert "<a posterior by svi" in repr(method)
+    with pytest.raises(ValueError, match="lacks 'mu'"):
+        other = fit(lambda y: gaussian_mean_named(y), y, method=svi(steps=2), progress=False)
+        fit(model, y, method=nuts(init=other), progress=False)
+
+
+def gaussian_mean_named(y):
+    m = pyro.sample("m", dist.Normal(1.0, 2.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(m, 1.5), obs=y)
+
+
+def test_double_precision_on_request():
+    """A narrow posterior far from zero: its spread is less than float32 can tell apart there."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1e6))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1e-3), obs=y)
+
+    y = 1000.0 + torch.zeros(4)
+    method = nuts(draws=300, warmup=300, chains=2, float64=True)
+    posterior = fit(model, y, method=method, seed=0, progress=False)
+    agrees(posterior.draws["mu"] - 1000.0, 0.0, 0.0005)
+
+
+def test_one_compilation_serves_other_data_and_seeds():
+    from pyro_ae.engines import numpyro_chains
+
+    method = nuts(draws=30, warmup=30, chains=2)
+    numpyro_chains._cache.clear()
+    runs = [fit(gaussian_mean, y, method=method, seed=1, progress=False) for y in (torch.zeros(6), torch.ones(6))]
+    assert len(numpyro_chains._cache) == 1
+    assert not torch.equal(runs[0].draws["mu"], runs[1].draws["mu"])
+    fit(gaussian_mean, torch.ones(7), method=method, seed=1, progress=False)
+    assert len(numpyro_chains._cache) == 2
 
 
 def schools(J, y, sigma):

@@ -1,30 +1,35 @@
-"""The No-U-Turn sampler over all latents of a model, with the whole data."""
+"""Hamiltonian Monte Carlo over all latents of a model, with the whole data."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from pyro.infer import NUTS
 from torch import Tensor
 
 from ..data import LoadedRows
 from ..energy import INITS, Energy
 from ..posterior import Posterior
-from ..program import Program, validation
+from ..program import Program
+from ..sites import quote
 from ..types import Guide, Model
-from .run import Event, Run
+from .run import Run
+
+Chains: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor], bool]
+"""Unconstrained draws ``[chains, draws, *shape]``, sampler statistics ``[chains, draws]``, and whether interrupted."""
+
+BACKENDS = ("numpyro", "pyro")
 
 
 @dataclass(frozen=True)
 class nuts:
-    """The No-U-Turn sampler, with Pyro's kernel.
+    """The No-U-Turn sampler.
 
-    All latents are sampled jointly, those of the rows included, so there are no minibatches. A guide is not
-    needed and not looked at. An interrupted run keeps the chains that are complete, or the draws of the first.
+    All latents are sampled jointly, those of the rows included, so there are no minibatches; discrete latents are
+    summed out. The model is captured as a graph and sampled by NumPyro's compiled kernel, all chains together; a model
+    whose control flow depends on its latents, and an op that has no translation, are for ``backend="pyro"``, which
+    runs the model itself at each step and is slower by far. An interrupted run keeps what was drawn.
 
     References:
         The No-U-Turn Sampler: Adaptively Setting Path Lengths in Hamiltonian Monte Carlo (Hoffman and Gelman, 2014)
@@ -33,14 +38,18 @@ class nuts:
     Arguments:
         draws: of each chain, after warm-up.
         warmup: draws to adapt step size and mass matrix on, which are not kept.
-        chains: run one after the other; R-hat needs at least two.
+        chains: R-hat needs at least two.
         target_accept: of the step size adaptation, between 0 and 1; nearer to 1 means smaller steps.
         max_tree_depth: a trajectory has at most 2 to this power steps.
         dense_mass: whether the mass matrix has off-diagonal terms.
-        init: ``"median"`` or ``"prior"`` of draws from the prior, or ``"uniform"`` in (-2, 2), unconstrained.
+        init: ``"median"`` or ``"prior"`` of draws from the prior, or ``"uniform"`` in (-2, 2), unconstrained; or a
+            fitted posterior, whose draws are the initial points and, with NumPyro, give the initial mass matrix.
+        backend: ``"numpyro"`` or ``"pyro"``.
+        float64: whether to compute in double precision, with NumPyro.
 
     Raises:
-        ValueError: for values out of range; when run, for minibatches, and for a discrete latent.
+        ValueError: for values out of range; when run, for minibatches, for a model without a latent or one that cannot
+            be lowered, and for a discrete latent of infinitely many values.
 
     Example:
         >>> nuts(draws=500, chains=2).warmup
@@ -53,121 +62,143 @@ class nuts:
     target_accept: float = 0.8
     max_tree_depth: int = 10
     dense_mass: bool = False
-    init: str = "median"
+    init: str | Posterior = "median"
+    backend: str = "numpyro"
+    float64: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("draws", "chains", "max_tree_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {self.warmup}")
-        if not 0 < self.target_accept < 1:
-            raise ValueError(f"target_accept must lie between 0 and 1, got {self.target_accept}")
-        if self.init not in INITS:
-            raise ValueError(f"unknown init {self.init!r}; known are {', '.join(INITS)}")
+        if self.max_tree_depth < 1:
+            raise ValueError(f"max_tree_depth must be at least 1, got {self.max_tree_depth}")
+        _check(self)
 
     def __call__(self, model: Model, guide: Guide | None, run: Run) -> Posterior:
-        if run.minibatched:
-            raise ValueError(
-                "nuts needs all data at once: a chain over minibatches does not have the posterior as its limit. Leave "
-                "out batch_size, and pass tensors in place of a DataLoader"
-            )
-        assert not isinstance(run.data, LoadedRows)
-        program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
-        batch = run.data.to(run.device).call()
-        program.build(batch)
-        chains: list[list[tuple[dict[str, Tensor], dict[str, float]]]] = []
-        interrupted = False
-        with program.active(), run.bar(self.chains * (self.warmup + self.draws), "draw", "nuts") as bar:
-            energy = Energy(program.model, batch)
-            for chain in range(self.chains):
-                kept: list[tuple[dict[str, Tensor], dict[str, float]]] = []
-                chains.append(kept)
-                try:
-                    for i, (z, now) in enumerate(self._chain(energy)):
-                        bar.update()
-                        if i % 20 == 0 and run.progress:
-                            where = "warm-up" if i < self.warmup else "draws"
-                            bar.set_postfix_str(
-                                f"chain {chain + 1}/{self.chains} {where}, step size {now['step_size']:.2g}",
-                                refresh=False,
-                            )
-                        if i >= self.warmup:
-                            kept.append((z, now))
-                except KeyboardInterrupt:
-                    interrupted = True
-                    break
-                metrics = {"chain": chain + 1, "divergences": sum(s["diverging"] for _, s in kept)}
-                event = Event((chain + 1) * (self.warmup + self.draws), chain + 1, metrics, {})
-                if any([callback(event) is True for callback in run.callbacks]):
-                    break
-        kept_chains = [c for c in chains if len(c) == self.draws] or [c for c in chains[:1] if c]
-        if not kept_chains:
-            raise KeyboardInterrupt("interrupted during the warm-up of the first chain, before any draw")
-        draws = {n: torch.stack([torch.stack([z[n] for z, _ in c]) for c in kept_chains]) for n in energy.transforms}
-        recorded = {n: torch.tensor([[s[n] for _, s in c] for c in kept_chains]) for n in kept_chains[0][0][1]}
+        return _run(self, model, run)
+
+    def __repr__(self) -> str:
+        return _shown(self)
+
+
+@dataclass(frozen=True)
+class hmc:
+    """Hamiltonian Monte Carlo with trajectories of one length.
+
+    As ``nuts``, which finds the length by itself and is what to use first.
+
+    References:
+        MCMC Using Hamiltonian Dynamics (Neal, 2011) https://arxiv.org/abs/1206.1901
+
+    Arguments:
+        trajectory_length: of the dynamics, in units where the latents have about unit scale; 2 pi by default.
+        draws: of each chain, after warm-up.
+        warmup: draws to adapt step size and mass matrix on, which are not kept.
+        chains: R-hat needs at least two.
+        target_accept: of the step size adaptation, between 0 and 1.
+        dense_mass: whether the mass matrix has off-diagonal terms.
+        init: as for ``nuts``.
+        backend: ``"numpyro"`` or ``"pyro"``.
+        float64: whether to compute in double precision, with NumPyro.
+
+    Raises:
+        ValueError: as ``nuts`` does.
+
+    Example:
+        >>> hmc(trajectory_length=1.5).chains
+        4
+    """
+
+    trajectory_length: float = 6.283185307179586
+    draws: int = 1000
+    warmup: int = 1000
+    chains: int = 4
+    target_accept: float = 0.8
+    dense_mass: bool = False
+    init: str | Posterior = "median"
+    backend: str = "numpyro"
+    float64: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.trajectory_length > 0:
+            raise ValueError(f"trajectory_length must be positive, got {self.trajectory_length}")
+        _check(self)
+
+    def __call__(self, model: Model, guide: Guide | None, run: Run) -> Posterior:
+        return _run(self, model, run)
+
+    def __repr__(self) -> str:
+        return _shown(self)
+
+
+def _check(config: nuts | hmc) -> None:
+    for name in ("draws", "chains"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.warmup < 0:
+        raise ValueError(f"warmup must not be negative, got {config.warmup}")
+    if not 0 < config.target_accept < 1:
+        raise ValueError(f"target_accept must lie between 0 and 1, got {config.target_accept}")
+    if isinstance(config.init, str) and config.init not in INITS:
+        raise ValueError(f"unknown init {config.init!r}; known are {', '.join(INITS)}, or a fitted posterior")
+    if config.backend not in BACKENDS:
+        raise ValueError(f"unknown backend {config.backend!r}; known are {', '.join(BACKENDS)}")
+    if config.float64 and config.backend == "pyro":
+        raise ValueError("float64 is for backend='numpyro'; with Pyro, give the model parameters and data in float64")
+
+
+def _shown(config: nuts | hmc) -> str:
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "init"}
+    init = config.init if isinstance(config.init, str) else f"<a posterior by {config.init.method}>"
+    inside = ", ".join(f"{name}={value!r}" for name, value in (values | {"init": init}).items())
+    return f"{type(config).__name__}({inside})"
+
+
+def _run(config: nuts | hmc, model: Model, run: Run) -> Posterior:
+    if run.minibatched:
+        raise ValueError(
+            f"{type(config).__name__} needs all data at once: a chain over minibatches does not have the posterior as "
+            "its limit. Leave out batch_size, and pass tensors in place of a DataLoader"
+        )
+    assert not isinstance(run.data, LoadedRows)
+    program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
+    batch = run.data.to(run.device).call()
+    program.build(batch)
+    with program.active():
+        energy = Energy(program.model, batch)
+        starts, spread = _starts(config, energy)
+        if config.backend == "numpyro":
+            from .numpyro_chains import sample as by_numpyro
+
+            draws, stats, interrupted = by_numpyro(config, energy, starts, run, inverse_mass=spread)
+        else:
+            from .pyro_chains import sample as by_pyro
+
+            draws, stats, interrupted = by_pyro(config, energy, starts, run)
         kinds = {"diverging": torch.bool, "tree_depth": torch.int64, "n_steps": torch.int64}
-        stats = {n: v.to(kinds.get(n, v.dtype)) for n, v in recorded.items()}
         with torch.no_grad():
-            constrained = {n: v.cpu() for n, v in energy.constrain(draws).items()}
-        return Posterior(
-            program, data=run.data, method=repr(self), draws=constrained, stats=stats, interrupted=interrupted
+            constrained = {
+                n: v.cpu() for n, v in energy.constrain({n: v.to(run.device) for n, v in draws.items()}).items()
+            }
+    return Posterior(
+        program,
+        data=run.data,
+        method=repr(config),
+        draws=constrained,
+        stats={n: v.to(kinds.get(n, torch.get_default_dtype())) for n, v in stats.items()},
+        interrupted=interrupted,
+    )
+
+
+def _starts(config: nuts | hmc, energy: Energy) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+    """An initial point for each chain, and the inverse mass matrix where a posterior gives one."""
+    if isinstance(config.init, str):
+        return [energy.init(config.init) for _ in range(config.chains)], None
+    drawn = config.init.sample(max(500, config.chains))
+    missing = [n for n in energy.transforms if n not in drawn]
+    if missing:
+        raise ValueError(
+            f"init is a posterior over {quote(drawn)}, which lacks {quote(missing)} of the model: fit the same model"
         )
-
-    def _chain(self, energy: Energy) -> Iterator[tuple[dict[str, Tensor], dict[str, float]]]:
-        """Unconstrained draws of one chain, warm-up included, with what ArviZ calls sample_stats."""
-        z = energy.init(self.init)
-        counter = _Counter(energy)
-        kernel: Any = NUTS(
-            potential_fn=counter,
-            target_accept_prob=self.target_accept,
-            max_tree_depth=self.max_tree_depth,
-            full_mass=self.dense_mass,
-        )
-        kernel.initial_params = z
-        kinetic: list[Tensor] = []
-        measure = kernel._kinetic_energy
-
-        def first_kinetic(r: Any) -> Tensor:
-            kinetic.append(measure(r))
-            return kinetic[-1]
-
-        kernel._kinetic_energy = first_kinetic
-        with validation(False):
-            kernel.setup(self.warmup)
-            acceptance = 0.0
-            for i in range(self.warmup + self.draws):
-                if i == self.warmup:
-                    acceptance = 0.0  # the kernel's running mean begins anew after warm-up
-                start = kernel._potential_energy_last
-                counter.calls, divergences = 0, len(kernel._divergences)
-                kinetic.clear()
-                z = kernel.sample(z)
-                n = i + 1 if i < self.warmup else i - self.warmup + 1
-                total = kernel._mean_accept_prob * n
-                potential = kernel._potential_energy_last.item()
-                yield (
-                    {name: v.detach() for name, v in z.items()},
-                    {
-                        "diverging": float(len(kernel._divergences) > divergences),
-                        "energy": kinetic[0].item() + start.item(),
-                        "tree_depth": float(math.ceil(math.log2(counter.calls + 1))),
-                        "acceptance_rate": total - acceptance,
-                        "step_size": float(kernel.step_size),
-                        "n_steps": float(counter.calls),
-                        "lp": -potential,
-                    },
-                )
-                acceptance = total
-
-
-class _Counter:
-    """An energy that counts its calls: one for each leapfrog step."""
-
-    def __init__(self, energy: Energy) -> None:
-        self.energy = energy
-        self.calls = 0
-
-    def __call__(self, z: dict[str, Tensor]) -> Tensor:
-        self.calls += 1
-        return self.energy(z)
+    v = {n: x.detach() for n, x in energy.unconstrain({n: drawn[n] for n in energy.transforms}).items()}
+    flat = torch.cat([v[n].reshape(len(v[n]), -1) for n in sorted(v)], 1)
+    spread = flat.T.cov() if config.dense_mass else flat.var(0)
+    chosen: list[Any] = torch.linspace(0, len(flat) - 1, config.chains).long().tolist()
+    return [{n: x[i].clone() for n, x in v.items()} for i in chosen], spread
