@@ -341,6 +341,22 @@ def test_relaxations_learn_a_categorical_posterior(estimator):
     torch.testing.assert_close(guide.logits.softmax(0), log_p.softmax(0), atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("estimator", [straight_through(0.7), gumbel(0.3)], ids=name_of)
+def test_relaxations_learn_binary_latents(estimator):
+    """Apart from the prior's, whose probabilities are 0.3 and 0.6, towards the exact posterior of each bit."""
+    from pyro_ae import fit
+
+    x, guide = torch.full((64,), 2.5), Bits()
+    method = svi(loss=importance(elbo, 4, estimator), lr=0.03, steps=400)
+    fit(binary, x, guide=guide, method=method, progress=False, seed=0)
+    z = torch.tensor(list(itertools.product([0.0, 1.0], repeat=2)))
+    log_p = dist.Bernoulli(torch.tensor([0.3, 0.6])).to_event(1).log_prob(z)
+    log_p = log_p + dist.Normal(z @ torch.tensor([1.0, 2.0]), 1.0).log_prob(x[0])
+    exact = log_p.softmax(0) @ z
+    # a guide of independent bits is off by itself, as is the temperature
+    torch.testing.assert_close(torch.sigmoid(guide.logits).detach(), exact, atol=0.12, rtol=0)
+
+
 @pytest.mark.parametrize("estimator", [pathwise, sticking_the_landing, dreg, analytic_kl], ids=name_of)
 def test_a_discrete_site_without_an_estimator_is_refused(estimator):
     with pytest.raises(ValueError, match="'z' has no reparameterised sampler.*score_function.*enumerate"):

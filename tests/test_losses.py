@@ -293,6 +293,25 @@ def test_total_correlation_telescopes_to_the_elbo():
     torch.testing.assert_close(ours, plain)
 
 
+def test_total_correlation_is_its_formula():
+    """Minibatch-weighted sampling, written as sums over the rows of the batch."""
+    model, guide, x = ppca_file.example()
+    scaled = [Scaled(fn, "data", 160) for fn in (model, guide)]
+    loss, weights = same_noise(
+        lambda: total_correlation(beta=5.0, alpha=2.0, gamma=3.0)(*scaled, x), lambda: weigh(model, guide, x, 1)
+    )
+    (run,) = weights.passes
+    q, z = run.latents[0]["fn"].base_dist, run.values["z"]
+    expected = -reconstruction(run).sum()
+    for i in range(len(x)):
+        each = torch.stack([dist.Normal(q.loc[j], q.scale[j]).log_prob(z[i]) for j in range(len(x))])  # [j, element]
+        joint = each.sum(1).exp().sum().div(160 * 16).log()
+        marginals = each.exp().sum(0).div(160 * 16).log().sum()
+        prior = dist.Normal(0.0, 1.0).log_prob(z[i]).sum()
+        expected = expected + 2 * (each[i].sum() - joint) + 5 * (joint - marginals) + 3 * (marginals - prior)
+    torch.testing.assert_close(loss, 10 * expected)
+
+
 def test_total_correlation_is_zero_for_independent_elements_and_not_for_others():
     """From the difference of two weights, for an aggregate posterior that is known: nearly deterministic codes."""
 

@@ -316,22 +316,40 @@ def test_eight_schools_agrees_with_posteriordb(data_root):
         assert abs(np.log(values.std() / sd)) < 0.12, name
 
 
+def exponential(y=None):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+    with pyro.plate("data", 5):
+        return pyro.sample("y", dist.Exponential(rate), obs=y)
+
+
+def hierarchical(y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("data", 6):
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        return pyro.sample("y", dist.Normal(mu + tau * eta, 0.5), obs=y)
+
+
+def two_parts(y=None):
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    with pyro.plate("data", 8):
+        k = pyro.sample("k", dist.Bernoulli(p))
+        return pyro.sample("y", dist.Normal(2 * k, 1.0), obs=y)
+
+
 @pytest.mark.slow
-def test_simulation_based_calibration():
+@pytest.mark.parametrize(
+    ("model", "name"), [(exponential, "rate"), (hierarchical, "mu"), (hierarchical, "tau"), (two_parts, "p")]
+)
+def test_simulation_based_calibration(model, name):
     """The rank of a parameter among draws given data that it made is uniform (Talts et al., 2018)."""
-
-    def model(y=None):
-        rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
-        with pyro.plate("data", 5):
-            return pyro.sample("y", dist.Exponential(rate), obs=y)
-
     ranks = []
     for seed in range(100):
         torch.manual_seed(seed)
         trace = pyro.poutine.trace(model).get_trace()
-        method = nuts(draws=180, warmup=60, chains=1)
-        draws = fit(model, trace.nodes["y"]["value"], method=method, seed=seed, progress=False).draws["rate"][0, ::20]
-        ranks.append(int((draws < trace.nodes["rate"]["value"]).sum()))
+        method = nuts(draws=180, warmup=150, chains=1, target_accept=0.9)
+        draws = fit(model, trace.nodes["y"]["value"], method=method, seed=seed, progress=False).draws[name][0, ::20]
+        ranks.append(int((draws < trace.nodes[name]["value"]).sum()))
     counts = np.bincount(np.array(ranks) // 2, minlength=5)  # nine draws: ranks 0 to 9, in five pairs
     statistic = ((counts - 20) ** 2 / 20).sum()
     assert statistic < 18.5, counts  # the 99.9% quantile of chi-squared with 4 degrees of freedom
