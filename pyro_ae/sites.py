@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
@@ -80,7 +81,12 @@ def elements_of(fn: Any) -> Any:
 
 
 def is_deterministic(site: dict) -> bool:
-    return bool(site["infer"] and site["infer"].get("_deterministic"))
+    """Whether a site only names a value: by ``pyro.deterministic``, or as ``poutine.reparam`` leaves one."""
+    if site["infer"] and site["infer"].get("_deterministic"):
+        return True
+    fn = site["fn"]
+    masked = isinstance(fn, MaskedDistribution) and fn._mask is False
+    return bool(site["is_observed"]) and masked and isinstance(elements_of(fn.base_dist), Delta)
 
 
 def is_latent(site: dict) -> bool:
@@ -158,7 +164,9 @@ def _describe(site: dict) -> Site:
     return Site(
         kind=kind,  # type: ignore[arg-type]
         shape=shape,
-        batch=shape[: -min([f.dim for f in vectorized], default=0)] if kind == "deterministic" else fn.batch_shape,
+        batch=shape[: -min([f.dim for f in vectorized], default=0)]
+        if kind == "deterministic"
+        else torch.Size(fn.batch_shape),
         plates=tuple((f.name, f.dim, f.size) for f in vectorized),
         support=getattr(fn, "support", None) if kind == "latent" else None,
         enumerated=bool(site["infer"] and site["infer"].get("enumerate")),

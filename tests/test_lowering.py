@@ -205,6 +205,12 @@ def test_zero_probabilities_have_a_gradient():
     np.testing.assert_allclose(gradient, [0.0, 2.5], rtol=1e-5)
 
 
+def test_counts_may_be_whole_numbers():
+    counts = torch.tensor([1, 2, 3])
+    both(lambda rate: dist.Poisson(rate, validate_args=False).log_prob(counts).sum(), torch.tensor([0.5, 1.0, 2.0]))
+    both(lambda x: torch.special.xlog1py(counts, x).sum(), torch.tensor([0.5, 1.0, 2.0]))
+
+
 def test_random_numbers_and_control_flow_are_refused():
     with pytest.raises(CaptureError, match="draws random numbers"):
         capture(lambda x: x + torch.randn(3), torch.zeros(3))

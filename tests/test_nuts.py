@@ -316,6 +316,40 @@ def test_eight_schools_agrees_with_posteriordb(data_root):
         assert abs(np.log(values.std() / sd)) < 0.12, name
 
 
+def test_sites_under_reparam_are_values_of_others():
+    """A handler of Pyro turns a latent into a function of a new one; it is still a quantity of the posterior."""
+    from pyro.infer.reparam import LocScaleReparam
+
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(y)):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    y = torch.tensor([0.3, -0.2, 1.1])
+    decentred = pyro.poutine.reparam(model, {"theta": LocScaleReparam(0.0)})
+    method = nuts(draws=50, warmup=50, chains=2)
+    posterior = fit(decentred, y, method=method, seed=0, progress=False)
+    found = posterior.to_arviz(groups=["posterior"]).posterior
+    assert set(found.data_vars) == {"tau", "theta_decentered", "theta"}
+    np.testing.assert_allclose(found["theta"], found["tau"].values[..., None] * found["theta_decentered"], rtol=1e-4)
+
+
+def test_a_hidden_markov_likelihood_reaches_arviz():
+    """The batch shape of Pyro's DiscreteHMM is a plain tuple."""
+
+    def model(y):
+        move = pyro.sample("move", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+        emission = dist.Normal(torch.tensor([0.0, 2.0]), 1.0)
+        pyro.sample("y", dist.DiscreteHMM(torch.zeros(2), move.log(), emission), obs=y)
+
+    y = torch.tensor([0.1, 1.9, 2.2, -0.3])
+    posterior = fit(model, y, method=nuts(draws=10, warmup=10, chains=2), seed=0, progress=False, plate=None)
+    with pytest.warns(UserWarning, match="one by one"):
+        found = posterior.to_arviz(groups=["posterior", "log_likelihood"])
+    assert found.log_likelihood["y"].shape[:2] == (2, 10)
+
+
 def exponential(y=None):
     rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
     with pyro.plate("data", 5):

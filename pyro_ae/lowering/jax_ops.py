@@ -31,6 +31,12 @@ def op(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 # ------------------------------------------------------------------------------------------ element by element
 
+
+def _real(*values: Any) -> list[Array]:
+    """In one floating point type: JAX's own do not differentiate beside whole numbers, such as counts."""
+    return [jnp.asarray(v, jnp.result_type(*values)) for v in values]
+
+
 SAME = """
     abs acos acosh asin asinh atan atanh atan2 ceil copysign cos cosh exp exp2 expm1 floor fmod hypot isfinite isinf
     isnan log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor maximum minimum nextafter
@@ -59,9 +65,9 @@ OPS |= {
     "special_i1e": special.i1e,
     "special_log_ndtr": special.log_ndtr,
     "special_ndtri": special.ndtri,
-    "special_xlog1py": special.xlog1py,
+    "special_xlog1py": lambda x, y: special.xlog1py(*_real(x, y)),
     "special_zeta": special.zeta,
-    "xlogy": special.xlogy,
+    "xlogy": lambda x, y: special.xlogy(*_real(x, y)),
     "igamma": special.gammainc,
     "igammac": special.gammaincc,
     "eq": jnp.equal,
