@@ -15,7 +15,7 @@ from torch.fx.traceback import annotate
 from .data import call_with
 from .density import first_bad_site
 from .enumeration import enumerating, marginalise
-from .sites import Recorder, anywhere, draw_or_any, inspect_sites, site_log_prob
+from .sites import Recorder, anywhere, draw_or_any, inspect_sites, quote, site_log_prob
 from .types import Draws, Model
 
 
@@ -81,7 +81,8 @@ class Energy:
                 )
             self.transforms[name] = biject_to(support)
         if not self.transforms:
-            raise ValueError("the model has no latent site, so there is nothing to sample")
+            besides = f" besides {quote(self.enumerated)}, which are summed out" if self.enumerated else ""
+            raise ValueError(f"the model has no latent site{besides}, so there is nothing to sample")
 
     def __call__(self, v: Draws, batch: Any = None) -> Tensor:
         """The energy, a scalar in nats, at unconstrained values; on another batch where one is given."""

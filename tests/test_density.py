@@ -308,6 +308,9 @@ def test_energy_starts_where_the_density_is_finite(strategy):
 
 def test_energy_refuses_what_it_cannot_do():
     def discrete():
+        pyro.sample("k", dist.Poisson(3.0))
+
+    def summed_out():
         pyro.sample("k", dist.Categorical(torch.ones(3)))
 
     def moving():
@@ -318,6 +321,8 @@ def test_energy_refuses_what_it_cannot_do():
         Energy(discrete, None)
     with pytest.raises(ValueError, match="support of site 'b' depends"):
         Energy(moving, None)
+    with pytest.raises(ValueError, match="besides 'k', which are summed out"):
+        Energy(summed_out, None)
     with pytest.raises(ValueError, match="no latent site"):
         Energy(lambda: None, None)
 

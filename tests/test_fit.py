@@ -363,12 +363,14 @@ def test_public_names():
         "cite",
         "elbo",
         "fit",
+        "hmc",
         "importance",
         "iwae",
         "log_weights",
         "nuts",
         "observe",
         "svi",
+        "to_jax",
     ]
     assert sorted(pyro_ae.__all__) == expected
 

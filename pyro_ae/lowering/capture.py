@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 KEPT = (
     "logsumexp", "log_sigmoid_forward", "softplus", "xlogy", "logaddexp", "special_xlog1py", "_softmax", "_log_softmax",
     "gelu", "silu", "elu", "native_layer_norm", "special_log_ndtr", "special_ndtri", "special_erfcx",
-    "linalg_vector_norm", "cumprod", "logcumsumexp", "index_put", "diag_embed",
+    "linalg_vector_norm", "cumprod", "logcumsumexp", "index_put", "diag_embed", "mv", "addmv", "dot", "vdot",
 )  # fmt: skip
 
 
