@@ -149,6 +149,13 @@ def _matrix_exp(x: Array) -> Array:
 # ----------------------------------------------------------------------------------------------------- networks
 
 
+@op("unfold")
+def _unfold(x: Array, dim: int, size: int, step: int) -> Array:
+    starts = jnp.arange(0, x.shape[dim] - size + 1, step)
+    windows = jnp.take(x, starts[:, None] + jnp.arange(size), dim)
+    return jnp.moveaxis(windows, dim % x.ndim + 1, -1)
+
+
 @op("native_layer_norm")
 def _layer_norm(x: Array, shape: Sequence[int], weight: Array, bias: Array, eps: float) -> tuple:
     axes = tuple(range(-len(shape), 0))

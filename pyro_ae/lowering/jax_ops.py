@@ -359,13 +359,6 @@ def _diagonal_scatter(x: Array, source: Array, offset: int = 0, dim1: int = 0, d
     return jnp.moveaxis(moved, (-2, -1), (dim1, dim2))
 
 
-@op("unfold")
-def _unfold(x: Array, dim: int, size: int, step: int) -> Array:
-    starts = jnp.arange(0, x.shape[dim] - size + 1, step)
-    windows = jnp.take(x, starts[:, None] + jnp.arange(size), dim)
-    return jnp.moveaxis(windows, dim % x.ndim + 1, -1)
-
-
 # ----------------------------------------------------------------------------------------------------- indexing
 
 
