@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .data import call_with
 from .enumeration import marginalise
-from .particles import chunk_size, say_serial, why_serial
+from .particles import part_sizes, say_serial, why_serial
 from .plates import particle_plate
 from .sites import Layout, Recorder, inspect_sites, is_auxiliary, is_latent, quote, site_log_prob
 from .types import Draws, Guide, Model
@@ -257,7 +257,6 @@ def log_weights(model: Model, guide: Guide, batch: Any, *, particles: int = 1) -
         torch.Size([5, 16])
     """
     layout = _layout(model, guide, batch)
-    size = chunk_size(layout)
     scale = 1.0
 
     def part(k: int) -> Tensor:
@@ -267,13 +266,10 @@ def log_weights(model: Model, guide: Guide, batch: Any, *, particles: int = 1) -
         scale = weights.scale
         return weights.log_weights
 
-    if particles <= size:
-        return part(particles), scale
-    parts = []
-    for start in range(0, particles, size):
-        k = min(size, particles - start)
-        parts.append(checkpoint(part, k, use_reentrant=False) if torch.is_grad_enabled() else part(k))
-    return torch.cat(parts), scale
+    sizes = part_sizes(particles, layout)
+    if len(sizes) > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(part, k, use_reentrant=False) for k in sizes]), scale
+    return torch.cat([part(k) for k in sizes]), scale
 
 
 def refuse_shared(weights: Weights, what: str) -> None:

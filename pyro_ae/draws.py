@@ -13,7 +13,7 @@ from torch import Tensor
 from .data import Call, LoadedRows, Rows
 from .density import Weights, refuse_shared, weigh
 from .enumeration import enumerating, marginalise
-from .particles import chunk_size, gather, run_particles
+from .particles import chunk_size, gather, part_sizes, run_particles
 from .program import Program, validation
 from .sites import Layout, Recorder, elements_of, is_auxiliary, pointwise_log_prob, quote
 from .types import Draws
@@ -26,8 +26,8 @@ def _running(program: Program) -> Iterator[None]:
 
 
 def _chunked(draws: int, layout: Layout, part: Callable[[int, int], dict[str, Tensor]]) -> dict[str, Tensor]:
-    size = chunk_size(layout)
-    parts = [part(min(size, draws - start), start) for start in range(0, draws, size)]
+    sizes = part_sizes(draws, layout)
+    parts = [part(size, sum(sizes[:i])) for i, size in enumerate(sizes)]
     return {n: torch.cat([p[n].cpu() for p in parts]) for n in parts[0]}
 
 
@@ -118,10 +118,9 @@ def log_evidence(program: Program, batch: Call, particles: int) -> Tensor:
     model, guide = program.model.fn, program.guide.fn  # unscaled: the rows at hand are all there are
     with _running(program):
         layout = program.inspect(batch)
-        chunk = chunk_size(layout)
         total = None
-        for start in range(0, particles, chunk):
-            weights = weigh(model, guide, batch, min(chunk, particles - start), layout=layout)
+        for size in part_sizes(particles, layout):
+            weights = weigh(model, guide, batch, size, layout=layout)
             refuse_shared(weights, "log_evidence")
             _refuse_points(weights)
             part = weights.log_weights.logsumexp(0)

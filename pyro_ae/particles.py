@@ -25,6 +25,12 @@ def chunk_size(*layouts: Layout, elements: int = 1) -> int:
     return max(1, CHUNK // max([elements, *(s.shape.numel() for s in sites)]))
 
 
+def part_sizes(particles: int, *layouts: Layout, elements: int = 1) -> list[int]:
+    """How many of the particles or draws are in each of the parts that fit into memory."""
+    size = chunk_size(*layouts, elements=elements)
+    return [min(size, particles - start) for start in range(0, particles, size)]
+
+
 def pad_particles(value: Tensor, site: Site, nesting: int) -> Tensor:
     """``[K, *shape]`` with ones between particles and batch, as the particle plate wants it."""
     return value.reshape(value.shape[0], *(1,) * (nesting - len(site.batch)), *value.shape[1:])

@@ -9,7 +9,15 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
-from truth import biased_guide, exact_guide, gaussian_mean, gaussian_mean_evidence, gaussian_mean_posterior, ppca
+from truth import (
+    biased_guide,
+    exact_guide,
+    gaussian_mean,
+    gaussian_mean_evidence,
+    gaussian_mean_posterior,
+    ppca,
+    stubborn,
+)
 
 from pyro_ae import batch_plate, elbo, importance, iwae, log_weights
 from pyro_ae.density import log_joint
@@ -154,15 +162,8 @@ def test_a_model_that_does_not_broadcast_runs_particle_by_particle_and_says_so()
     model, x = ppca(rows=6)
     guide = exact_guide(model)
 
-    def stubborn(x):
-        with batch_plate(x):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            assert z.dim() == 2, "only [rows, latent]"
-            loc = z @ model.weight.T + model.mean
-            pyro.sample("x", dist.Normal(loc, model.log_noise.exp()).to_event(1), obs=x)
-
     with pytest.warns(UserWarning, match="particles.*one by one"):
-        log_w, _ = log_weights(stubborn, guide, x, particles=4)
+        log_w, _ = log_weights(stubborn(model), guide, x, particles=4)
     torch.testing.assert_close(log_w, model.marginal().log_prob(x).expand(4, 6), atol=1e-4, rtol=0)
 
 

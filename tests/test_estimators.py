@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from truth import exact_guide, ppca
+from truth import exact_guide, ppca, stubborn
 
 from pyro_ae import batch_plate, elbo, importance, iwae, svi
 from pyro_ae.bounds import ciwae, cubo, jackknife, miwae, renyi, tvo
@@ -384,27 +384,20 @@ def test_parts_add_up():
 
 def test_an_upper_bound_is_minimised_by_the_guide_alone():
     model, guide = Model(), Guide()
+    torch.manual_seed(0)
     loss = importance(cubo(2), 50)(model, guide, X)
     assert isinstance(loss, Sides)
-    (up,) = torch.autograd.grad(loss.guide, [guide.log_scale], retain_graph=True)
-    log_w = weigh(model, guide, X.repeat(2000, 1), 50).log_weights
-    (expected,) = torch.autograd.grad(cubo(2)(log_w).sum() / 2000, [guide.log_scale])
-    assert torch.sign(up) == torch.sign(expected)  # descent on the loss lowers the upper bound
-    (down,) = torch.autograd.grad(loss.model, [model.b], retain_graph=True)
-    assert torch.isfinite(down).all()
+    torch.manual_seed(0)
+    log_w = weigh(model, guide, X, 50).log_weights
+    torch.testing.assert_close(loss.guide, cubo(2)(log_w).sum())
+    torch.testing.assert_close(loss.model, -iwae(log_w).sum())
 
 
 def test_estimators_work_where_particles_run_one_by_one():
     model, x = ppca(rows=6)
     guide = exact_guide(model)
 
-    def stubborn(x):
-        with batch_plate(x):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            assert z.dim() == 2, "only [rows, latent]"
-            pyro.sample("x", dist.Normal(z @ model.weight.T + model.mean, model.log_noise.exp()).to_event(1), obs=x)
-
     for estimator in (pathwise, dreg, score_function()):
         with pytest.warns(UserWarning, match="one by one"):
-            loss = importance(iwae, 4, estimator)(stubborn, guide, x)
+            loss = importance(iwae, 4, estimator)(stubborn(model), guide, x)
         torch.testing.assert_close(-loss, model.marginal().log_prob(x).sum())

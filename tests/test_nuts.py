@@ -1,6 +1,5 @@
 """The NUTS engine: moments of known targets, sampler statistics, and refusals."""
 
-import json
 import math
 
 import arviz
@@ -284,36 +283,6 @@ def test_one_compilation_serves_other_data_and_seeds():
     assert not torch.equal(runs[0].draws["mu"], runs[1].draws["mu"])
     fit(gaussian_mean, torch.ones(7), method=method, seed=1, progress=False)
     assert len(numpyro_chains._cache) == 2
-
-
-def schools(J, y, sigma):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", J):
-        theta_trans = pyro.sample("theta_trans", dist.Normal(0.0, 1.0))
-        theta = pyro.deterministic("theta", mu + tau * theta_trans)
-        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
-
-
-def test_eight_schools_agrees_with_posteriordb(data_root):
-    """Means and standard deviations within four Monte Carlo errors of the reference draws."""
-    folder = data_root / "posteriordb"
-    if not folder.is_dir():
-        pytest.skip("needs posteriordb in the folder of data sets")
-    data = json.loads((folder / "data" / "eight_schools.json").read_text())
-    reference = json.loads((folder / "summaries" / "eight_schools-eight_schools_noncentered.json").read_text())
-    method = nuts(draws=400, warmup=300, chains=4, target_accept=0.9)
-    posterior = fit(schools, data, method=method, seed=0, progress=False)
-    idata = posterior.to_arviz(groups=["posterior"])
-    assert float(arviz.rhat(idata.posterior)[["mu", "tau"]].to_array().max()) < 1.02
-    draws = {n: idata.posterior[n].values for n in ("mu", "tau", "theta")}
-    columns = {"mu": draws["mu"], "tau": draws["tau"]}
-    columns |= {f"theta[{i + 1}]": draws["theta"][..., i] for i in range(8)}
-    for name, values in columns.items():
-        mean, sd, size = (reference[name][k] for k in ("mean", "sd", "ess_bulk"))
-        ours, theirs = arviz.mcse(values), sd / np.sqrt(size)
-        assert abs(values.mean() - mean) < 4 * np.hypot(ours, theirs), name
-        assert abs(np.log(values.std() / sd)) < 0.12, name
 
 
 def test_sites_under_reparam_are_values_of_others():

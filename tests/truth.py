@@ -65,3 +65,16 @@ def same_noise(*runs):
         torch.manual_seed(7)
         out.append(run())
     return out
+
+
+def stubborn(model: PPCA):
+    """The same model, of which only one particle at a time can be run."""
+
+    def one_by_one(x: Tensor) -> None:
+        with batch_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            assert z.dim() == 2, "only [rows, latent]"
+            loc = z @ model.weight.T + model.mean
+            pyro.sample("x", dist.Normal(loc, model.log_noise.exp()).to_event(1), obs=x)
+
+    return one_by_one

@@ -18,7 +18,7 @@ from ..bounds import elbo, iwae
 from ..data import Call, LoadedRows, Rows
 from ..density import weigh
 from ..draws import encode
-from ..particles import chunk_size
+from ..particles import part_sizes
 from ..sites import Layout, inspect_sites, quote
 from ..types import Guide, Model
 from .groups import View, at_draws, look
@@ -241,10 +241,9 @@ def _take(values: Tensor, index: Tensor | None) -> Tensor:
 
 def _log_weights(model: Model, guide: Guide, batch: Call, layout: Layout, particles: int) -> Tensor:
     """Log-weights ``[K, rows]``, or ``[K, 1]`` where they are joint."""
-    size = chunk_size(layout)
     parts = []
-    for start in range(0, particles, size):
-        part = weigh(model, guide, batch, min(size, particles - start), layout=layout).log_weights
+    for size in part_sizes(particles, layout):
+        part = weigh(model, guide, batch, size, layout=layout).log_weights
         parts.append(part.reshape(len(part), -1).cpu())
     return torch.cat(parts)
 

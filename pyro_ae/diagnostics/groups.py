@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import Call
-from ..particles import chunk_size, gather, run_particles
+from ..particles import gather, part_sizes, run_particles
 from ..program import Program
 from ..sites import Layout, Recorder, pointwise_log_prob, quote, site_log_prob
 from ..types import Draws
@@ -139,8 +139,10 @@ def sizes(view: View, draws: int, prior: int) -> dict[str, int]:
 
 def _chunks(draws: int, view: View) -> Iterator[tuple[int, int]]:
     """Where each part of the draws begins, and how many it has."""
-    size = chunk_size(elements=view.largest)
-    yield from ((start, min(size, draws - start)) for start in range(0, draws, size))
+    start = 0
+    for size in part_sizes(draws, elements=view.largest):
+        yield start, size
+        start += size
 
 
 def _join(parts: list[Groups]) -> Groups:
