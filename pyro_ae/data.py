@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,6 +35,28 @@ def call_with(batch: Any) -> Call:
     return Call(batch if isinstance(batch, tuple) else (batch,))
 
 
+_missing: ContextVar[bool | None] = ContextVar("missing", default=None)
+
+
+@contextmanager
+def missing_values(known: bool) -> Iterator[None]:
+    """Where it is known whether data have missing values, nothing looks: a look at values cannot be captured."""
+    token = _missing.set(known)
+    try:
+        yield
+    finally:
+        _missing.reset(token)
+
+
+def _is_missing(x: Tensor) -> Tensor | None:
+    """Which values are missing, or None where none is."""
+    known = _missing.get() if x.is_floating_point() else False
+    if known is False:
+        return None
+    missing = torch.isnan(x)
+    return missing if known or missing.any() else None
+
+
 def observe(name: str, distribution: Distribution, x: Tensor | None) -> Tensor:
     """Observe ``x``, leaving out its missing values (NaN) element by element; sample where ``x`` is None.
 
@@ -54,10 +78,8 @@ def observe(name: str, distribution: Distribution, x: Tensor | None) -> Tensor:
     """
     if x is None:
         return pyro.sample(name, distribution)
-    if not x.is_floating_point():
-        return pyro.sample(name, distribution, obs=x)
-    missing = torch.isnan(x)
-    if not missing.any():
+    missing = _is_missing(x)
+    if missing is None:
         return pyro.sample(name, distribution, obs=x)
     return pyro.sample(name, masked(name, distribution, missing), obs=torch.where(missing, _inside(distribution), x))
 
@@ -94,8 +116,8 @@ def masked(name: str, distribution: Distribution, missing: Tensor) -> Distributi
 
 def fill_missing(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Zeros for missing values and the mask of what is observed, or None where nothing is missing."""
-    missing = torch.isnan(x) if x.is_floating_point() else None
-    if missing is None or not missing.any():
+    missing = _is_missing(x)
+    if missing is None:
         return x, None
     return x.masked_fill(missing, 0.0), ~missing
 

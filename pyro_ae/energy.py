@@ -10,6 +10,7 @@ import torch
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import IndependentTransform, identity_transform
 from torch.fx.traceback import annotate
 
 from .data import call_with
@@ -31,7 +32,13 @@ def _continuous(init: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     return lambda site: draw_or_any(site) if site["fn"].support.is_discrete else init(site)
 
 
-INITS = {"prior": draw_or_any, "median": _median, "uniform": anywhere}
+def _start(site: Any) -> Tensor:
+    """What the model itself proposes, as ``bayesian`` does for weights; else the median."""
+    propose = (site["infer"] or {}).get("start")
+    return propose() if propose else _median(site)
+
+
+INITS = {"prior": draw_or_any, "median": _median, "uniform": anywhere, "start": _start}
 
 
 class Energy:
@@ -88,14 +95,16 @@ class Energy:
         """The energy, a scalar in nats, at unconstrained values; on another batch where one is given."""
         values = self.constrain(v)
         sites, terms = marginalise(self._run(values, self.batch if batch is None else batch).scored)
-        log_prob: Tensor | float = 0.0
+        log_prob: Any = 0.0
         for site in sites:
             with annotate({"site": site["name"]}):  # so that a captured graph knows whose an op is
                 log_prob = log_prob + site_log_prob(site).sum()
         for term in terms:
             log_prob = log_prob + (term.log_prob * term.scale).sum()
-        jacobian = sum(t.log_abs_det_jacobian(v[n], values[n]).sum() for n, t in self.transforms.items())
-        return -(log_prob + jacobian)
+        for name, transform in self.transforms.items():
+            if not _is_identity(transform):
+                log_prob = log_prob + transform.log_abs_det_jacobian(v[name], values[name]).sum()
+        return -log_prob
 
     def _run(self, values: Draws, batch: Any) -> Recorder:
         args, kwargs = call_with(batch)
@@ -118,8 +127,8 @@ class Energy:
         """A point of finite energy and finite gradient.
 
         Arguments:
-            strategy: ``"prior"`` (a draw), ``"median"`` (of draws from the prior) or ``"uniform"`` (in (-2, 2),
-                unconstrained).
+            strategy: ``"prior"`` (a draw), ``"median"`` (of draws from the prior), ``"uniform"`` (in (-2, 2),
+                unconstrained) or ``"start"`` (what the site's ``infer={"start": function}`` gives, else the median).
 
         Raises:
             ValueError: for an unknown strategy, or where no such point is found.
@@ -142,6 +151,12 @@ class Energy:
             f"no starting point with a finite density in {tries} tries"
             + (f"; look at site {bad}" if bad else "; is the data inside the support of the likelihood?")
         )
+
+
+def _is_identity(transform: Any) -> bool:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform == identity_transform
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -6,19 +6,37 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from .data import LoadedRows, Rows, as_rows
+from .engines.ensemble import ensemble, map_, swag
+from .engines.laplace import laplace
 from .engines.nuts import hmc, nuts
 from .engines.run import Event, Run
+from .engines.sghmc import entropy_sghmc, sghmc
+from .engines.sgld import sgld
+from .engines.sgnht import sgnht
 from .engines.svi import svi
 from .posterior import Posterior
 from .types import Engine, Guide, Model, Recipe
 
-METHODS: dict[str, Callable[[], Engine]] = {"svi": svi, "nuts": nuts, "hmc": hmc}
+METHODS: dict[str, Callable[[], Engine]] = {
+    "svi": svi,
+    "nuts": nuts,
+    "hmc": hmc,
+    "sghmc": sghmc,
+    "sgld": sgld,
+    "sgnht": sgnht,
+    "entropy_sghmc": entropy_sghmc,
+    "ensemble": ensemble,
+    "swag": swag,
+    "laplace": laplace,
+    "map": map_,
+}
 
 
 def fit(
@@ -34,6 +52,7 @@ def fit(
     progress: bool = True,
     validation: Any = None,
     callbacks: Iterable[Callable[[Event], Any]] = (),
+    checkpoint: str | Path | None = None,
 ) -> Posterior:
     """Fit a Pyro model to data by any method, and get its posterior.
 
@@ -48,8 +67,9 @@ def fit(
             Entries without rows, such as numbers and strings, pass through unchanged. NaN is a missing value.
         guide: samples the latents, with the model's arguments. Without one svi makes a mean-field guide for latents
             outside the plate. Samplers do without.
-        method: ``"svi"``, ``"nuts"`` or ``"hmc"`` with their defaults, or a configured engine such as
-            ``svi(epochs=20)``.
+        method: ``"svi"``; ``"nuts"`` or ``"hmc"``; with minibatches ``"sghmc"``, ``"sgld"``, ``"sgnht"`` or
+            ``"entropy_sghmc"``; ``"map"``, ``"laplace"``, ``"swag"`` or ``"ensemble"``, with their defaults; or a
+            configured engine such as ``svi(epochs=20)``.
         batch_size: rows of a minibatch; all rows at once by default.
         plate: name of the plate of the rows.
         device: ``"auto"`` for a GPU where there is one, or a torch device. Modules are moved there.
@@ -57,6 +77,8 @@ def fit(
         progress: whether to show a progress bar.
         validation: held-out data in the form of ``data``, or the fraction of rows to hold out.
         callbacks: functions of an ``Event``, called after each evaluation; one that returns True ends the fit.
+        checkpoint: folder that a sampler by stochastic gradients writes its state and draws to; a fit with the same
+            settings goes on from there, to the same draws as if it had never stopped.
 
     Raises:
         ValueError: for a mistake in the model, the guide or the data; it names the site and the cure.
@@ -98,6 +120,7 @@ def fit(
             progress=progress,
             validation=held,
             callbacks=tuple(callbacks),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
         )
         return engine(model, guide, run)
 

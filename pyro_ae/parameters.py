@@ -100,6 +100,10 @@ class Parameters:
     def _all_modules(self) -> dict[str, nn.Module]:
         return {f"{side}.": module for side, module in self.modules.items()} | self.registered
 
+    def submodules(self) -> Iterator[nn.Module]:
+        for module in self._all_modules.values():
+            yield from module.modules()
+
     def _stored(self) -> Mapping[str, Tensor]:
         return pyro.get_param_store()._params if self._depth else self._store["params"]
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from truth import gaussian_mean, gaussian_mean_evidence, gaussian_mean_posterior, ppca
 
 from pyro_ae import batch_plate, elbo, fit, importance, iwae, log_weights, svi
-from pyro_ae.engines.svi import NonFiniteError
+from pyro_ae.engines.run import NonFiniteError
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
 from pyro_ae.models import ppca as ppca_file

@@ -78,3 +78,27 @@ def stubborn(model: PPCA):
             pyro.sample("x", dist.Normal(loc, model.log_noise.exp()).to_event(1), obs=x)
 
     return one_by_one
+
+
+NOISE = 0.8
+"""Of :func:`regression`."""
+
+
+def regression(x: Tensor, y: Tensor | None = None) -> None:
+    """Linear regression on three features of different size, with a standard normal prior."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with batch_plate(x):
+        pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
+
+
+def regression_rows(rows: int = 200) -> tuple[Tensor, Tensor]:
+    """The same rows each time."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 3, generator=generator) * torch.tensor([1.0, 0.5, 2.0])
+    return x, x @ torch.tensor([1.0, -2.0, 0.5]) + NOISE * torch.randn(rows, generator=generator)
+
+
+def regression_posterior(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the weights."""
+    covariance = torch.linalg.inv(x.T @ x / NOISE**2 + torch.eye(3))
+    return covariance @ x.T @ y / NOISE**2, covariance

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..data import LoadedRows
-from ..energy import INITS, Energy
+from ..energy import Energy
 from ..posterior import Posterior
 from ..program import Program
-from ..sites import quote
 from ..types import Guide, Model
 from .run import Run
+from .starts import check_init, shown_init, starting_points, unconstrained_draws
 
 Chains: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor], bool]
 """Unconstrained draws ``[chains, draws, *shape]``, sampler statistics ``[chains, draws]``, and whether interrupted."""
@@ -136,8 +136,7 @@ def _check(config: nuts | hmc) -> None:
         raise ValueError(f"warmup must not be negative, got {config.warmup}")
     if not 0 < config.target_accept < 1:
         raise ValueError(f"target_accept must lie between 0 and 1, got {config.target_accept}")
-    if isinstance(config.init, str) and config.init not in INITS:
-        raise ValueError(f"unknown init {config.init!r}; known are {', '.join(INITS)}, or a fitted posterior")
+    check_init(config.init)
     if config.backend not in BACKENDS:
         raise ValueError(f"unknown backend {config.backend!r}; known are {', '.join(BACKENDS)}")
     if config.float64 and config.backend == "pyro":
@@ -146,9 +145,8 @@ def _check(config: nuts | hmc) -> None:
 
 def _shown(config: nuts | hmc) -> str:
     values = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "init"}
-    init = config.init if isinstance(config.init, str) else f"<a posterior by {config.init.method}>"
-    inside = ", ".join(f"{name}={value!r}" for name, value in (values | {"init": init}).items())
-    return f"{type(config).__name__}({inside})"
+    inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return f"{type(config).__name__}({inside}, init={shown_init(config.init)})"
 
 
 def _run(config: nuts | hmc, model: Model, run: Run) -> Posterior:
@@ -157,17 +155,18 @@ def _run(config: nuts | hmc, model: Model, run: Run) -> Posterior:
             f"{type(config).__name__} needs all data at once: a chain over minibatches does not have the posterior as "
             "its limit. Leave out batch_size, and pass tensors in place of a DataLoader"
         )
+    run.refuse_checkpoint(type(config).__name__)
     assert not isinstance(run.data, LoadedRows)
     program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
     batch = run.data.to(run.device).call()
     program.build(batch)
     with program.active():
         energy = Energy(program.model, batch)
-        starts, spread = _starts(config, energy)
+        starts = starting_points(config.init, energy, config.chains)
         if config.backend == "numpyro":
             from .numpyro_chains import sample as by_numpyro
 
-            draws, stats, interrupted = by_numpyro(config, energy, starts, run, inverse_mass=spread)
+            draws, stats, interrupted = by_numpyro(config, energy, starts, run, inverse_mass=_spread(config, energy))
         else:
             from .pyro_chains import sample as by_pyro
 
@@ -187,18 +186,10 @@ def _run(config: nuts | hmc, model: Model, run: Run) -> Posterior:
     )
 
 
-def _starts(config: nuts | hmc, energy: Energy) -> tuple[list[dict[str, Tensor]], Tensor | None]:
-    """An initial point for each chain, and the inverse mass matrix where a posterior gives one."""
+def _spread(config: nuts | hmc, energy: Energy) -> Tensor | None:
+    """The inverse mass matrix where a posterior gives one."""
     if isinstance(config.init, str):
-        return [energy.init(config.init) for _ in range(config.chains)], None
-    drawn = config.init.sample(max(500, config.chains))
-    missing = [n for n in energy.transforms if n not in drawn]
-    if missing:
-        raise ValueError(
-            f"init is a posterior over {quote(drawn)}, which lacks {quote(missing)} of the model: fit the same model"
-        )
-    v = {n: x.detach() for n, x in energy.unconstrain({n: drawn[n] for n in energy.transforms}).items()}
+        return None
+    v = unconstrained_draws(config.init, energy)
     flat = torch.cat([v[n].reshape(len(v[n]), -1) for n in sorted(v)], 1)
-    spread = flat.T.cov() if config.dense_mass else flat.var(0)
-    chosen: list[Any] = torch.linspace(0, len(flat) - 1, config.chains).long().tolist()
-    return [{n: x[i].clone() for n, x in v.items()} for i in chosen], spread
+    return flat.T.cov() if config.dense_mass else flat.var(0)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..data import LoadedRows, Rows
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+
+
+class NonFiniteError(ValueError):
+    """A loss, energy or gradient that is not finite; ``posterior`` holds what was found until then, if anything."""
+
+    posterior: Posterior | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Run:
         progress: whether to show a bar.
         validation: held-out rows.
         callbacks: called with an :class:`Event` after each evaluation; one that returns True ends the fit.
+        checkpoint: folder for the state of the fit, from which it goes on if it is there.
     """
 
     data: Rows | LoadedRows
@@ -50,10 +61,18 @@ class Run:
     progress: bool = True
     validation: Rows | LoadedRows | None = None
     callbacks: Iterable[Callable[[Event], Any]] = ()
+    checkpoint: Path | None = None
 
     @property
     def minibatched(self) -> bool:
         return self.batch_size is not None or isinstance(self.data, LoadedRows)
+
+    def refuse_checkpoint(self, engine: str) -> None:
+        if self.checkpoint is not None:
+            raise ValueError(
+                f"{engine} keeps no checkpoint; samplers by stochastic gradients do, such as sghmc. Leave it out, and "
+                "save the posterior when the fit is done; an interrupted fit (Ctrl-C) gives one too"
+            )
 
     def bar(self, total: int, unit: str, description: str = "") -> tqdm:
         return tqdm(

@@ -21,19 +21,13 @@ from ..posterior import Posterior
 from ..program import Program, validation
 from ..schedules import progress
 from ..types import Guide, Loss, Model, Sides
-from .run import Event, Run
+from .run import Event, NonFiniteError, Run
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "linear": lambda t: 1.0 - t,
     "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
 }
-
-
-class NonFiniteError(ValueError):
-    """A loss or gradient that is not finite; ``posterior`` holds the last good state."""
-
-    posterior: Posterior
 
 
 @dataclass(frozen=True)
@@ -96,6 +90,7 @@ class svi:
         return "svi(" + ", ".join([f"loss={loss}"] + [f"{n}={v}" for n, v in given.items() if v]) + ")"
 
     def __call__(self, model: Model, guide: Guide | None, run: Run) -> Posterior:
+        run.refuse_checkpoint("svi")
         program = Program(model, guide, plate=run.plate, total=run.data.size, device=run.device)
         first = run.data.to(run.device).first(run.batch_size)
         program.build(first, minibatched=run.minibatched, automatic=True)

@@ -68,7 +68,7 @@ class Graph:
         return {str(n.target) for n in self.module.graph.nodes if n.op == "call_function"}
 
 
-def capture(fn: Callable[..., Any], *example: Any) -> Graph:
+def capture(fn: Callable[..., Any], *example: Any, replayed: bool = False) -> Graph:
     """The ATen graph of a function at the shapes of an example.
 
     Ops on constants alone are done once and for all where they give whole numbers or truth values, as those decide
@@ -77,6 +77,8 @@ def capture(fn: Callable[..., Any], *example: Any) -> Graph:
     Arguments:
         fn: a function of nested dicts, lists and tuples of tensors, to such; with no effects.
         example: its arguments.
+        replayed: whether torch is to run the graph, so that ops are kept whole and all that constants alone decide is
+            computed here. Their later values are not seen then.
 
     Raises:
         CaptureError: where control flow depends on values, or random numbers are drawn.
@@ -95,7 +97,8 @@ def capture(fn: Callable[..., Any], *example: Any) -> Graph:
         outputs.append(structure)
         return leaves
 
-    table = {op: rule for op, rule in core_aten_decompositions().items() if _name(op) not in KEPT}
+    rules = {} if replayed else core_aten_decompositions().items()
+    table = {op: rule for op, rule in dict(rules).items() if _name(op) not in KEPT}
     detached = [t.detach() if isinstance(t, Tensor) else torch.as_tensor(t) for t in flat]
     try:
         # Some decompositions hold in-place ops, so they come before these are made functional; and at once, functorch
@@ -115,7 +118,7 @@ def capture(fn: Callable[..., Any], *example: Any) -> Graph:
             second.graph.erase_node(node)  # it raises an error; in a graph what failed is NaN instead
     second.graph.eliminate_dead_code()
     _refuse_random(second)
-    constants = _fold(second)
+    constants = _fold(second, numbers=replayed)
     second.recompile()
     return Graph(second, spec, outputs[0], constants)
 
@@ -169,8 +172,8 @@ def _refuse_random(module: fx.GraphModule) -> None:
             )
 
 
-def _fold(module: fx.GraphModule) -> dict[str, Tensor]:
-    """Do the ops on constants that give indices and masks; and give the constants that are left."""
+def _fold(module: fx.GraphModule, numbers: bool) -> dict[str, Tensor]:
+    """Do the ops on constants that give indices and masks, or all of them; and give the constants that are left."""
     known: dict[fx.Node, Any] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
@@ -179,7 +182,7 @@ def _fold(module: fx.GraphModule) -> dict[str, Tensor]:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)
             value = known[node]
-            if isinstance(value, Tensor) and not value.is_floating_point():
+            if isinstance(value, Tensor) and (numbers or not value.is_floating_point()):
                 constant = _constant(module, node, f"_folded_{node.name}", value)
                 known[constant] = value
                 node.replace_all_uses_with(constant)
