@@ -13,7 +13,7 @@ from torch import Tensor
 from .data import Call, LoadedRows, Rows
 from .density import Weights, refuse_shared, weigh
 from .enumeration import enumerating, marginalise
-from .particles import chunk_size, gather, part_sizes, run_particles
+from .particles import at_work, chunk_size, gather, part_sizes, run_particles
 from .program import Program, validation
 from .sites import Layout, Recorder, elements_of, is_auxiliary, pointwise_log_prob, quote
 from .types import Draws
@@ -67,7 +67,7 @@ def replay(
         layout = program.inspect(batch, guide=False)
 
         def part(k: int, start: int) -> dict[str, Tensor]:
-            some = {n: v[start : start + k].to(program.device) for n, v in values.items()}
+            some = at_work({n: v[start : start + k] for n, v in values.items()}, program.device)
             with enumerating(layout.nesting + 1) if enumerate else nullcontext():  # to the left of the particles
                 runs = run_particles(program.model, batch, k, layout, layout.model, some, generate=generate)
             return read(layout, runs, k)

@@ -31,6 +31,12 @@ def part_sizes(particles: int, *layouts: Layout, elements: int = 1) -> list[int]
     return [min(size, particles - start) for start in range(0, particles, size)]
 
 
+def at_work(values: Draws, device: torch.device | str) -> dict[str, Tensor]:
+    """Draws as the model takes them: on its device, and not in the half precision that they may be kept in."""
+    half = (torch.float16, torch.bfloat16)
+    return {n: v.to(device, torch.get_default_dtype() if v.dtype in half else v.dtype) for n, v in values.items()}
+
+
 def pad_particles(value: Tensor, site: Site, nesting: int) -> Tensor:
     """``[K, *shape]`` with ones between particles and batch, as the particle plate wants it."""
     return value.reshape(value.shape[0], *(1,) * (nesting - len(site.batch)), *value.shape[1:])

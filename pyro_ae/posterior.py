@@ -13,6 +13,7 @@ from torch import Tensor
 from .data import Call, LoadedRows, Rows, as_rows
 from .draws import draw, encode, log_evidence, log_likelihood, mean_or_value, means, replay, row_chunks
 from .particles import gather
+from .prediction import predict_moments
 from .program import Program
 from .sites import Layout, Recorder
 from .types import Guide, Model
@@ -166,6 +167,25 @@ class Posterior:
             return gather(runs, names, layout.model, k, lambda s: s["value"])
 
         return replay(self.program, values, batch, read, generate=True)
+
+    @torch.no_grad()
+    def uncertainty(self, data: Any = None, draws: int | None = None) -> Any:
+        """The predicted mean of each observed site, and its uncertainty in two parts, over all draws.
+
+        Draws are streamed, so that many of a large network take no more room than a few.
+
+        Arguments:
+            data: as for :meth:`predict`.
+            draws: how many; of chains all, of a guide 1000 by default.
+
+        Returns:
+            A :class:`~pyro_ae.prediction.Prediction` of ``mean``, ``aleatoric`` and ``epistemic``, or a dict of them
+            where the model observes several sites.
+
+        Raises:
+            ValueError: for a likelihood without a finite mean and variance.
+        """
+        return _one(predict_moments(self.program, self.sample(draws, data), self._rows(data).call()))
 
     @torch.no_grad()
     def log_likelihood(self, data: Any = None, draws: int | None = None) -> dict[str, Tensor]:
@@ -340,30 +360,9 @@ class Posterior:
         return load(Path(path), model, guide, data=data)
 
     def __repr__(self) -> str:
-        name = type(getattr(self.model, "__self__", self.model)).__name__
-        name = getattr(self.model, "__name__", name) if name == "function" else name
-        parts = [f"Posterior of {name} by {self.method}"]
-        if self.data is not None:
-            parts.append(f"data: {self.data!r}")
-        parts.append("latents: " + (", ".join(map(self._latent, self.program.layout.names("latent"))) or "none"))
-        if self.draws is not None:
-            parts.append(_chains_line(self))
-        elif "loss" in self.history:
-            last = {n: v[-1] for n, v in self.history.items() if n in ("loss", "validation")}
-            steps = int(self.history["step"][-1])
-            if "validation" in self.history:
-                last["validation"] = min(self.history["validation"])
-            unit = "nats per row" if self.program.rows > 1 else "nats"
-            parts.append(f"{steps} steps; " + ", ".join(f"{n} {v:.4g}" for n, v in last.items()) + f" {unit}")
-        if self.interrupted:
-            parts.append("interrupted by hand")
-        return "\n  ".join(parts)
+        from .describe import describe
 
-    def _latent(self, name: str) -> str:
-        site = self.program.layout.model[name]
-        if name in self.local:
-            return f"{name} {list(site.shape[len(site.batch) :])} for each row"
-        return f"{name} {list(site.shape)}"
+        return describe(self)
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -401,14 +400,5 @@ class Posterior:
         return min(draws, first.shape[0] * first.shape[1])
 
 
-def _one(values: dict[str, Tensor]) -> Any:
+def _one(values: dict[str, Any]) -> Any:
     return next(iter(values.values())) if len(values) == 1 else values
-
-
-def _chains_line(posterior: Posterior) -> str:
-    assert posterior.draws is not None
-    chains, draws = next(iter(posterior.draws.values())).shape[:2]
-    line = f"{chains} chains of {draws} draws"
-    if "diverging" in posterior.stats:
-        line += f", {int(posterior.stats['diverging'].sum())} divergences"
-    return line

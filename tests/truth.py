@@ -88,7 +88,7 @@ def regression(x: Tensor, y: Tensor | None = None) -> None:
     """Linear regression on three features of different size, with a standard normal prior."""
     w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     with batch_plate(x):
-        pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
+        pyro.sample("y", dist.Normal((x * w).sum(-1), NOISE), obs=y)
 
 
 def regression_rows(rows: int = 200) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import Call
-from ..particles import gather, part_sizes, run_particles
+from ..particles import at_work, gather, part_sizes, run_particles
 from ..program import Program
 from ..sites import Layout, Recorder, pointwise_log_prob, quote, site_log_prob
 from ..types import Draws
@@ -166,7 +166,7 @@ def at_draws(program: Program, batch: Call, view: View, chosen: list[str], held:
     for start, k in _chunks(draws, view):
         guided: list[Recorder] = []
         if held is not None:
-            values = {n: v[start : start + k].to(program.device) for n, v in held.items()}
+            values = at_work({n: v[start : start + k] for n, v in held.items()}, program.device)
         else:
             assert program.guide is not None
             guided = run_particles(program.guide.fn, batch, k, layout, layout.guide)

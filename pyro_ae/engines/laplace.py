@@ -220,7 +220,7 @@ class _Curvature:
 
 def _split(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     parts = flat.split([s.numel() for s in shapes.values()], -1)
-    return {n: p.reshape(*p.shape[:-1], *s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
+    return {n: p.reshape(p.shape[:-1] + s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
 
 
 def _map(call: Call, change: Any) -> Call:

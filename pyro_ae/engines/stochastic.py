@@ -173,11 +173,12 @@ class Stacked:
                 interrupted = True
                 if run.checkpoint:
                     self._save()
-                if config.anytime:
-                    self.store.keep(0, config.kept(self.state))
-                    self.drawn = 1
+        if not self.drawn and config.anytime:
+            self.store.keep(0, config.kept(self.state))
+            self.drawn = 1
         if not self.drawn:
-            raise KeyboardInterrupt("stopped during the warm-up, before any draw")
+            what = "stopped during the warm-up, before any draw"
+            raise KeyboardInterrupt(what) if interrupted else ValueError(f"a callback {what}")
         return self._posterior(interrupted)
 
     def _step(self) -> Tensor:
