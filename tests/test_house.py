@@ -162,6 +162,7 @@ LAYERS = [
         "estimators",
         "relaxations",
         "losses",
+        "last_layer",
         "lowering",
         "parameters",
         "program",

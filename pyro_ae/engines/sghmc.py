@@ -13,6 +13,8 @@ from .stacked import StackedEnergy
 from .stepping import Sampler
 from .stochastic import Now, State
 
+ADAPTED = ("window", "gradient", "square")
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class sghmc(Sampler):
@@ -60,8 +62,7 @@ class sghmc(Sampler):
     def start(self, position: Tensor) -> State:
         state = {"position": position, "momentum": torch.zeros_like(position)}
         if self.adaptive:
-            names = ("window", "gradient", "square", "inverse_mass")
-            state |= {name: torch.ones_like(position) for name in names}
+            state |= {name: torch.ones_like(position) for name in (*ADAPTED, "inverse_mass")}
         return state
 
     def step(self, state: State, gradient: Tensor, now: Now) -> None:
@@ -76,6 +77,9 @@ class sghmc(Sampler):
             return
         if now.adapting:
             self._adapt(state, gradient)
+        else:
+            for name in ADAPTED:
+                state.pop(name, None)  # only what came of them is needed any more
         inverse_mass = state["inverse_mass"]
         momentum.mul_(1.0 - self.friction).addcmul_(gradient, inverse_mass, value=-now.lr)
         if now.temperature:
@@ -90,10 +94,11 @@ class sghmc(Sampler):
         """Running means of gradient and square whose window is short where the gradient is mostly its mean."""
         window, mean, square = state["window"], state["gradient"], state["square"]
         rate = (window + 1.0).reciprocal_()
-        window.sub_(window * mean.square() / (square + 1e-16)).add_(1.0)
+        spare = mean.square().div_(square + 1e-16)
+        window.addcmul_(window, spare, value=-1.0).add_(1.0)
         mean.lerp_(gradient, rate)
-        square.lerp_(gradient.square(), rate)
-        torch.reciprocal(square.sqrt().add_(1e-16), out=state["inverse_mass"])
+        square.lerp_(torch.square(gradient, out=spare), rate)
+        torch.sqrt(square, out=state["inverse_mass"]).add_(1e-16).reciprocal_()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -282,19 +282,17 @@ class Stacked:
         with safe_open(file, "pt") as opened:
             about = json.loads(opened.metadata()["run"])
         tensors = load_file(file)
-        ours = {n: v.shape for n, v in self.state.items()}
-        theirs = {n.removeprefix("state."): v.shape for n, v in tensors.items() if n.startswith("state.")}
+        ours, theirs = self.state["position"].shape, tensors["state.position"].shape
         if about["method"] != repr(self.config) or ours != theirs:
             raise ValueError(
-                f"{folder} holds the state of {about['method']} over {theirs['position'][-1]} latents, another "
-                f"fit than {self.config!r} over {ours['position'][-1]}: give a new folder, or the same settings"
+                f"{folder} holds the state of {about['method']} over {theirs[-1]} latents, another fit than "
+                f"{self.config!r} over {ours[-1]}: give a new folder, or the same settings"
             )
 
         def part(prefix: str) -> State:
             return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
-        for name, value in part("state.").items():
-            self.state[name] = value.to(self.program.device)
+        self.state = {n: v.to(self.program.device) for n, v in part("state.").items()}
         self.program.parameters.load(part("parameters."))
         if self.optimizer is not None:
             held: dict[int, dict] = {}

@@ -187,6 +187,8 @@ def _fold(module: fx.GraphModule, numbers: bool) -> dict[str, Tensor]:
                 known[constant] = value
                 node.replace_all_uses_with(constant)
                 module.graph.erase_node(node)
+        elif numbers and _name(node.target) == "pow" and node.args[1] == 1:
+            node.replace_all_uses_with(node.args[0])  # as the derivative of a square has it, which is a copy
     for node in list(module.graph.nodes):
         if _name(node.target) in ("index", "index_put", "_unsafe_index", "_unsafe_index_put"):
             node.update_arg(1, [i for entry in node.args[1] for i in _positions(module, node, entry)])
