@@ -15,7 +15,8 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Samples ``[n, d]`` and ``[m, d]`` to a positive definite function of each pair, ``[n, m]``."""
 
 
-def _check(a: Tensor, b: Tensor, rows: int = 1, cure: str = "") -> None:
+def check_samples(a: Tensor, b: Tensor, rows: int = 1, cure: str = "") -> None:
+    """Refuse what is no pair of samples ``[n, d]`` and ``[m, d]``."""
     shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
     found = f"expected samples [n, d] and [m, d], got shapes {shapes}"
     if min(a.dim(), b.dim()) < 2:
@@ -31,7 +32,7 @@ def _check(a: Tensor, b: Tensor, rows: int = 1, cure: str = "") -> None:
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    _check(a, b)
+    check_samples(a, b)
     # Not by |a|^2 + |b|^2 - 2 a b, which loses near points to cancellation, and not by a difference [n, m, d], which
     # takes d times the memory. Where points coincide cdist's gradient is zero, even if what it is multiplied by is
     # infinite, as for a root of the distance. There is no second derivative.
@@ -164,9 +165,9 @@ class mmd:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         if self.unbiased:
-            _check(a, b, rows=2, cure=" for an unbiased estimate; mmd(unbiased=False) takes one")
+            check_samples(a, b, rows=2, cure=" for an unbiased estimate; mmd(unbiased=False) takes one")
         else:
-            _check(a, b)
+            check_samples(a, b)
         return _contrast(self.kernel, a, b, self.unbiased)
 
 
@@ -202,14 +203,14 @@ class energy_distance:
             raise ValueError(f"p must be within (0, 2), got {self.p!r}")
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        _check(a, b, rows=2)
+        check_samples(a, b, rows=2)
         return _contrast(self._kernel, a, b, unbiased=True)
 
     def _kernel(self, a: Tensor, b: Tensor) -> Tensor:
         return -_distances(a, b).pow(self.p)
 
 
-def _wasserstein(a: Tensor, b: Tensor, p: float) -> Tensor:
+def wasserstein_1d(a: Tensor, b: Tensor, p: float) -> Tensor:
     """The Wasserstein distance to the power p of each column of ``[n, L]`` and ``[m, L]``."""
     a, b = a.sort(0).values, b.sort(0).values
     n, m = len(a), len(b)
@@ -260,11 +261,11 @@ class sliced_wasserstein:
             raise ValueError(f"p must be at least 1, got {self.p!r}")
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        _check(a, b)
+        check_samples(a, b)
         if a.shape[1] > 1:
             directions = normalize(torch.randn(a.shape[1], self.projections, dtype=a.dtype, device=a.device), dim=0)
             a, b = a @ directions, b @ directions
-        return _wasserstein(a, b, self.p).mean()
+        return wasserstein_1d(a, b, self.p).mean()
 
 
 class adversarial(nn.Module):
@@ -302,7 +303,7 @@ class adversarial(nn.Module):
         self.critic = critic
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        _check(a, b)
+        check_samples(a, b)
         # A batch norm's statistics are buffers that a call changes in place: it changes these copies.
         state = {name: parameter.detach() for name, parameter in self.critic.named_parameters()}
         state |= {name: buffer.clone() for name, buffer in self.critic.named_buffers()}
@@ -324,7 +325,7 @@ class adversarial(nn.Module):
             >>> adversarial(nn.Linear(2, 1)).critic_loss(torch.randn(5, 2), torch.randn(7, 2)).shape
             torch.Size([])
         """
-        _check(a, b)
+        check_samples(a, b)
         a, b = a.detach(), b.detach()
         return softplus(_logits(self.critic(a), a)).mean() + softplus(-_logits(self.critic(b), b)).mean()
 

@@ -159,6 +159,7 @@ LAYERS = [
         "energy",
         "bounds",
         "divergences",
+        "slices",
         "estimators",
         "relaxations",
         "losses",
