@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .data import Call, LoadedRows, Rows, as_rows
-from .draws import draw, encode, log_evidence, log_likelihood, mean_or_value, means, replay, row_chunks
+from .draws import draw, encode, log_evidence, log_likelihood, means, replay, row_chunks
 from .particles import gather
 from .prediction import predict_moments
 from .program import Program
@@ -20,6 +19,7 @@ from .types import Guide, Model
 
 if TYPE_CHECKING:
     from .diagnostics.report import Report
+    from .latent_densities import LatentDensity
 
 
 class Posterior:
@@ -271,35 +271,35 @@ class Posterior:
         return _one({n: torch.cat([p[n].mean(0) for p in parts]) for n in parts[0]})
 
     @torch.no_grad()
-    def generate(self, n: int, *, mean: bool = False) -> Any:
-        """New rows: latents of a row from the prior, shared latents from the posterior, then the likelihood.
+    def generate(
+        self,
+        n: int,
+        *,
+        mean: bool = False,
+        density: LatentDensity | None = None,
+        code: str | None = None,
+        data: Any = None,
+    ) -> Any:
+        """New rows: latents of a row from the prior or another density, shared latents from the posterior.
 
         Arguments:
             n: how many rows.
             mean: whether to give the likelihood's mean in place of a draw from it.
+            density: of codes, in place of the prior, such as ``mixture(20, dirichlet_process=True)`` of
+                ``pyro_ae.latent_densities``; it is fitted to the codes of the data.
+            code: the site of the codes, which may be one by ``pyro.deterministic``; by default the latents of the rows.
+            data: rows whose codes the density is fitted to; those of the fit by default.
 
         Returns:
             ``[n, *event]`` on the CPU, or a dict of them where the model observes several sites. A model that does
             not take ``size`` is run on rows of the fit, of which it can only see what it does not observe.
 
         Raises:
-            ValueError: for n below 1, or without data for a model that needs it.
+            ValueError: for n below 1, without data for a model that needs it, or for a density without codes.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        shared = [s for s in self.program.layout.names("latent") if s not in self.local]
-        values = self.sample(self._at_most(n)) if shared else {}
-        values = {s: v.repeat(-(-n // len(v)), *(1,) * (v.dim() - 1))[:n] for s, v in values.items() if s in shared}
-        rows = 1 if shared else n
-        batch = self._blank(rows)
+        from .generation import generate
 
-        def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
-            free = [m for m in layout.names("latent") if m not in self.program.layout.names("latent")]
-            names = [*runs[0].generated, *free]
-            return gather(runs, names, layout.model, k, mean_or_value if mean else lambda s: s["value"])
-
-        out = replay(self.program, values, batch, read, generate=True)
-        return _one({s: (v.flatten(0, 1) if shared or v.shape[0] == 1 else v) for s, v in out.items()})
+        return _one(generate(self, n, mean=mean, density=density, code=code, data=data))
 
     # -- ArviZ, report, disk -------------------------------------------------------------------------------
 
@@ -374,16 +374,6 @@ class Posterior:
 
     def _chunks(self, data: Any, particles: int) -> Iterator[Call]:
         return row_chunks(self.program, self._rows(data), particles)
-
-    def _blank(self, rows: int) -> Call:
-        """A call that generates ``rows`` rows."""
-        model = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-        if "size" in inspect.signature(model).parameters:
-            return Call((), {"size": rows})
-        data = self._rows(None)
-        if isinstance(data, LoadedRows):
-            return data.first()
-        return data.call() if data.size is None else data.take(torch.arange(rows) % data.size).call()
 
     def _need_local(self, what: str) -> None:
         if not self.local:

@@ -145,6 +145,19 @@ def test_parameters_and_their_optimiser_go_on_as_well(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_draws_are_of_the_ends_of_their_steps():
+    engine = sghmc(warmup=5, draws=3, thinning=4)
+    kept = {step: engine.plan(step).kept for step in range(engine.lengths[0])}
+    assert {step: k for step, k in kept.items() if k is not None} == {8: 0, 12: 1, 16: 2}
+    assert [engine.plan(step).adapting for step in (0, 4, 5)] == [True, True, False]
+    cycles = sghmc(warmup=4, draws=4, thinning=3, cycles=2)  # twice two steps of warm-up and two draws
+    kept = {step: cycles.plan(step).kept for step in range(cycles.lengths[0])}
+    assert {step: k for step, k in kept.items() if k is not None} == {4: 0, 7: 1, 12: 2, 15: 3}
+    assert [cycles.plan(step).heat for step in (1, 2, 7, 8, 9, 10)] == [0.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    assert [cycles.plan(step).adapting for step in (1, 2, 8, 9)] == [True, False, False, False]
+    assert cycles.plan(8).lr == 1.0 and cycles.plan(7).lr < 0.05
+
+
 def test_an_interrupted_run_keeps_what_was_drawn():
     def stop(event):
         if event.metrics["drawn"] == 3:
