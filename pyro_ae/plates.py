@@ -107,7 +107,7 @@ class _Factor(Messenger):
             msg["scale"] = msg["scale"] * self.factor
 
 
-class _Wrapped:
+class Wrapped:
     """A model or guide in a handler, with the layout of what it wraps."""
 
     def __init__(self, fn: Callable[..., Any], handler: Callable[[], Messenger]) -> None:
@@ -144,7 +144,7 @@ def tempered(fn: Callable[..., Any], beta: Schedule, *, sites: Iterable[str] | N
         4.0
     """
     names = None if sites is None else frozenset(sites)
-    return _Wrapped(fn, lambda: _Factor(now(beta), names, observed=False))
+    return Wrapped(fn, lambda: _Factor(now(beta), names, observed=False))
 
 
 def replicated(fn: Callable[..., Any], copies: Schedule) -> Callable[..., Any]:
@@ -164,7 +164,7 @@ def replicated(fn: Callable[..., Any], copies: Schedule) -> Callable[..., Any]:
         >>> poutine.trace(model).get_trace().nodes["x"]["scale"]
         2.0
     """
-    return _Wrapped(fn, lambda: _Factor(now(copies), None, observed=True))
+    return Wrapped(fn, lambda: _Factor(now(copies), None, observed=True))
 
 
 class batched(nn.Module):

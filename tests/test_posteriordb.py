@@ -62,11 +62,14 @@ def schools_noncentered(J: int, y: Tensor, sigma: Tensor) -> None:
 def gp_poisson(N: int, x: Tensor, y: Tensor, k: Tensor) -> None:
     rho = pyro.sample("rho", dist.Gamma(25.0, 4.0))
     alpha = pyro.sample("alpha", dist.HalfNormal(2.0))
-    with pyro.plate("points", N):
+    points = pyro.plate("points", N)
+    with points:
         f_tilde = pyro.sample("f_tilde", dist.Normal(0.0, 1.0))
+    alpha, rho = alpha.unsqueeze(-1), rho.unsqueeze(-1)
     covariance = alpha**2 * torch.exp(-0.5 * ((x[:, None] - x) / rho) ** 2) + 1e-10 * torch.eye(N)
-    f = pyro.deterministic("f", torch.linalg.cholesky(covariance) @ f_tilde)
-    pyro.sample("k", dist.Poisson(f.exp()).to_event(1), obs=k)
+    f = pyro.deterministic("f", (torch.linalg.cholesky(covariance) @ f_tilde.unsqueeze(-1)).squeeze(-1))
+    with points:
+        pyro.sample("k", dist.Poisson(f.exp()), obs=k)
 
 
 def hmm(N: int, K: int, y: Tensor) -> None:

@@ -109,6 +109,8 @@ class entropy_sghmc(sghmc):
 
     Both v and the auxiliary a move by ``sghmc``. The marginal of v is the posterior as it is; that of a is the
     posterior smoothed by a Gaussian of variance ``flatness``. Of both are draws kept, those of a as further chains.
+    Bound together they go half as far a step as one of them would. ``friction=1.0, adaptive=False`` is the paper's own
+    dynamics, those of Langevin.
 
     References:
         Entropy-MCMC: Sampling from Flat Basins with Ease (Li and Zhang, 2024) https://arxiv.org/abs/2310.05401
