@@ -6,8 +6,10 @@ from .cite import cite
 from .data import observe
 from .density import log_weights
 from .engines.ensemble import ensemble, map_, swag
+from .engines.feynman_kac import feynman_kac
 from .engines.laplace import laplace
 from .engines.nuts import hmc, nuts
+from .engines.prior_matching import match_prior
 from .engines.sghmc import entropy_sghmc, sghmc
 from .engines.sgld import sgld
 from .engines.sgnht import sgnht
@@ -28,6 +30,7 @@ __all__ = [
     "elbo",
     "ensemble",
     "entropy_sghmc",
+    "feynman_kac",
     "fit",
     "hmc",
     "importance",
@@ -35,6 +38,7 @@ __all__ = [
     "laplace",
     "log_weights",
     "map_",
+    "match_prior",
     "nuts",
     "observe",
     "sghmc",

@@ -216,8 +216,8 @@ class Bayesian(nn.Module):
         """A plain function's network is known by what it registers; without parameters, it follows its input."""
         learns = False
         for name, p in self.named_parameters():
-            learns = True
             if p.requires_grad:
+                learns = True
                 pyro.param(f"{self.name}$$${name}", p)
         x = next((x for x in inputs if isinstance(x, Tensor)), None)
         if not learns and x is not None and x.device != self._initial(self.weights[0]).device:

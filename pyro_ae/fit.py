@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .data import LoadedRows, Rows, as_rows
 from .engines.ensemble import ensemble, map_, swag
+from .engines.feynman_kac import feynman_kac
 from .engines.laplace import laplace
 from .engines.nuts import hmc, nuts
 from .engines.run import Event, Run
@@ -22,6 +20,7 @@ from .engines.sgld import sgld
 from .engines.sgnht import sgnht
 from .engines.svi import svi
 from .posterior import Posterior
+from .runtime import find_device, seeded
 from .types import Engine, Guide, Model, Recipe
 
 METHODS: dict[str, Callable[[], Engine]] = {
@@ -32,6 +31,7 @@ METHODS: dict[str, Callable[[], Engine]] = {
     "sgld": sgld,
     "sgnht": sgnht,
     "entropy_sghmc": entropy_sghmc,
+    "feynman_kac": feynman_kac,
     "ensemble": ensemble,
     "swag": swag,
     "laplace": laplace,
@@ -67,9 +67,9 @@ def fit(
             Entries without rows, such as numbers and strings, pass through unchanged. NaN is a missing value.
         guide: samples the latents, with the model's arguments. Without one svi makes a mean-field guide for latents
             outside the plate. Samplers do without.
-        method: ``"svi"``; ``"nuts"`` or ``"hmc"``; with minibatches ``"sghmc"``, ``"sgld"``, ``"sgnht"`` or
-            ``"entropy_sghmc"``; ``"map"``, ``"laplace"``, ``"swag"`` or ``"ensemble"``, with their defaults; or a
-            configured engine such as ``svi(epochs=20)``.
+        method: ``"svi"``; ``"nuts"`` or ``"hmc"``; with minibatches ``"sghmc"``, ``"sgld"``, ``"sgnht"``,
+            ``"entropy_sghmc"`` or ``"feynman_kac"``; ``"map"``, ``"laplace"``, ``"swag"`` or ``"ensemble"``, with their
+            defaults; or a configured engine such as ``svi(epochs=20)``.
         batch_size: rows of a minibatch; all rows at once by default.
         plate: name of the plate of the rows.
         device: ``"auto"`` for a GPU where there is one, or a torch device. Modules are moved there.
@@ -138,31 +138,3 @@ def _engine(method: str | Engine) -> Engine:
             + f" Known are {', '.join(map(repr, METHODS))}, or an engine such as svi(lr=1e-3)"
         )
     return METHODS[method]()
-
-
-def find_device(device: str | torch.device) -> torch.device:
-    """A GPU for ``"auto"`` where there is one, else what was asked for; an error where it is not there."""
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        return torch.zeros(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot compute on device {device!r}: {str(error).splitlines()[0]}") from None
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch, NumPy and random, and put their states back afterwards; do nothing without a seed."""
-    if seed is None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

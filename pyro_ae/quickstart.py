@@ -23,13 +23,14 @@ from .density import log_weights
 from .diagnostics import page, plots
 from .diagnostics.importance import pareto_k
 from .engines.svi import svi
-from .fit import find_device, fit, seeded
+from .fit import fit
 from .guides.amortized import Amortized
 from .guides.mean_field import MeanField
 from .losses import importance
 from .models.vae import VAE
 from .nn import MLP
 from .posterior import Posterior
+from .runtime import find_device, seeded
 
 if TYPE_CHECKING:
     from .diagnostics.report import Report

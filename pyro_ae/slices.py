@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from .critics import Distance
 from .divergences import check_samples, wasserstein_1d
-
-Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Samples ``[n, d]`` and ``[m, d]`` to a scalar."""
 
 
 def _check(projections: int, steps: int, lr: float, p: float) -> None:
@@ -206,5 +202,5 @@ class generalised_sliced_wasserstein:
         check_samples(a, b)
         points = normalize(torch.randn(self.projections, a.shape[1], dtype=a.dtype, device=a.device), dim=1)
         radius = self.radius or float(torch.cat([a, b]).detach().norm(dim=1).max().clamp(min=1e-6))
-        slices = [torch.cdist(s, radius * points, compute_mode="donot_use_mm_for_euclid_dist") for s in (a, b)]
-        return wasserstein_1d(*slices, self.p).mean()
+        ours, theirs = (torch.cdist(s, radius * points, compute_mode="donot_use_mm_for_euclid_dist") for s in (a, b))
+        return wasserstein_1d(ours, theirs, self.p).mean()

@@ -17,6 +17,7 @@ from pyro_ae import (
     bayesian,
     ensemble,
     entropy_sghmc,
+    feynman_kac,
     fit,
     hmc,
     laplace,
@@ -43,6 +44,7 @@ ENGINES = {
     "swag": swag(lr=1e-3, warmup=5, snapshots=6, rank=3, thinning=2, draws=6),
     "ensemble": ensemble(members=3, steps=8),
     "map": map_(steps=8),
+    "feynman_kac": feynman_kac(particles=30, steps=8),
     "laplace": laplace(structure="diagonal", at=map_(steps=8), draws=6),
 }
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from pyro_ae import Posterior, fit, nuts, storage, svi
 from pyro_ae.data import as_rows
-from pyro_ae.fit import seeded
 from pyro_ae.guides import together
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
 from pyro_ae.models.ppca import PPCA
 from pyro_ae.models.vae import VAE
 from pyro_ae.nn import MLP
+from pyro_ae.runtime import seeded
 
 X = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
 quick = partial(fit, method=svi(steps=4, lr=0.05), seed=0, progress=False)

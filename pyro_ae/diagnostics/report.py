@@ -86,7 +86,7 @@ def report(posterior: Posterior, data: Any = None, *, rows: int = 200, particles
         >>> report(posterior, particles=200).figures["rows"]
         16
     """
-    from ..fit import seeded
+    from ..runtime import seeded
 
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")

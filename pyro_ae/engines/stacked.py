@@ -117,11 +117,12 @@ class StackedEnergy:
     def _run(self, position: Tensor, batch: Call, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             position = position.detach().requires_grad_()
-            energies = self._energies(position, batch)
+            energies = self.energies(position, batch)
             gradients = torch.autograd.grad(energies.sum(), (position, *parameters), materialize_grads=True)
         return (energies.detach(), *gradients)
 
-    def _energies(self, position: Tensor, batch: Call) -> Tensor:
+    def energies(self, position: Tensor, batch: Call) -> Tensor:
+        """The energies ``[chains]``, by the model itself."""
         chains = len(position)
         if not self.serial and chains > 1:
             leaves, structure = tree_flatten(tuple(batch))

@@ -46,8 +46,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ae import Posterior, batch_plate, fit, svi
-from pyro_ae.fit import find_device, seeded
 from pyro_ae.normalisation import bayesian_normalisation, class_weighted, noise_guide
+from pyro_ae.runtime import find_device, seeded
 
 from .entropy_mcmc import Images, images, in_parts, score
 

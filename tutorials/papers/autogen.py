@@ -48,9 +48,9 @@ from torch.nn.functional import avg_pool2d, cross_entropy, one_hot, pad
 
 from pyro_ae import datasets, fit, importance, svi
 from pyro_ae.estimators import analytic_kl
-from pyro_ae.fit import seeded
 from pyro_ae.losses import annealed, autogen
 from pyro_ae.nn import MLP
+from pyro_ae.runtime import seeded
 from pyro_ae.schedules import linear
 
 from ..guides.amortized import Amortized

@@ -39,10 +39,10 @@ from torch.distributions import Distribution
 
 from pyro_ae import elbo, fit, importance, svi
 from pyro_ae.estimators import analytic_kl
-from pyro_ae.fit import seeded
 from pyro_ae.losses import annealed, capacity
 from pyro_ae.nn import MLP
 from pyro_ae.plates import batched
+from pyro_ae.runtime import seeded
 from pyro_ae.schedules import linear
 from pyro_ae.types import Loss
 

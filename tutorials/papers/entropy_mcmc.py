@@ -47,9 +47,9 @@ from pyro_ae.engines.ensemble import map_
 from pyro_ae.engines.sghmc import entropy_sghmc, sghmc
 from pyro_ae.engines.sgld import sgld
 from pyro_ae.engines.stepping import Stepping
-from pyro_ae.fit import find_device, seeded
 from pyro_ae.nn import MLP
 from pyro_ae.priors import normal
+from pyro_ae.runtime import find_device, seeded
 
 if TYPE_CHECKING:
     from pandas import DataFrame

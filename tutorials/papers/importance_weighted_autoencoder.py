@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from pyro_ae import datasets, elbo, fit, importance, iwae, svi
 from pyro_ae.diagnostics.units import active_units
-from pyro_ae.fit import seeded
 from pyro_ae.nn import MLP
+from pyro_ae.runtime import seeded
 
 from ..guides.bottom_up import BottomUp
 from ..guides.mean_field import MeanField

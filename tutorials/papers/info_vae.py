@@ -51,9 +51,9 @@ from torch.nn.functional import avg_pool2d, linear
 from pyro_ae import Posterior, batch_plate, datasets, fit, importance, svi
 from pyro_ae.divergences import mmd, rbf
 from pyro_ae.estimators import analytic_kl
-from pyro_ae.fit import seeded
 from pyro_ae.losses import info_vae
 from pyro_ae.nn import MLP
+from pyro_ae.runtime import seeded
 from pyro_ae.types import Loss
 
 from ..guides.amortized import Amortized

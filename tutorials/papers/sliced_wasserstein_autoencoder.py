@@ -54,10 +54,10 @@ from torch.distributions import Distribution, Transform, constraints
 
 from pyro_ae import batch_plate, datasets, fit, observe, svi
 from pyro_ae.divergences import energy_distance, imq, mmd, sliced_wasserstein
-from pyro_ae.fit import find_device, seeded
 from pyro_ae.losses import wasserstein
 from pyro_ae.nn import MLP
 from pyro_ae.plates import batched
+from pyro_ae.runtime import find_device, seeded
 from pyro_ae.schedules import Schedule
 
 from ..guides.amortized import Amortized

@@ -46,9 +46,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from pyro_ae import datasets, elbo, fit, importance, iwae, log_weights, svi
 from pyro_ae.bounds import ciwae, miwae
 from pyro_ae.estimators import dreg
-from pyro_ae.fit import find_device, seeded
 from pyro_ae.losses import piwae
 from pyro_ae.nn import MLP
+from pyro_ae.runtime import find_device, seeded
 from pyro_ae.types import Loss
 
 from ..guides.amortized import Amortized

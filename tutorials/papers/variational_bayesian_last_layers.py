@@ -63,10 +63,10 @@ from torch.distributions import Distribution
 from pyro_ae import Posterior, datasets, fit, importance, svi
 from pyro_ae.bayesian import bayesian
 from pyro_ae.diagnostics.calibration import calibration_error
-from pyro_ae.fit import find_device, seeded
 from pyro_ae.last_layer import Covariance, LastLayer, LastLayerGuide, Likelihood, last_layer_bound, predictive
 from pyro_ae.nn import MLP
 from pyro_ae.priors import fan_in
+from pyro_ae.runtime import find_device, seeded
 
 if TYPE_CHECKING:
     from pandas import DataFrame

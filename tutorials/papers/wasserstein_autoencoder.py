@@ -48,10 +48,10 @@ from torch.nn.functional import conv2d
 from pyro_ae import Posterior, datasets, fit, importance, svi
 from pyro_ae.divergences import adversarial, energy_distance, imq, mmd, sliced_wasserstein
 from pyro_ae.estimators import analytic_kl
-from pyro_ae.fit import seeded
 from pyro_ae.losses import wasserstein
 from pyro_ae.nn import MLP
 from pyro_ae.plates import batched
+from pyro_ae.runtime import seeded
 from pyro_ae.types import Loss
 
 from ..guides.amortized import Amortized
