@@ -187,14 +187,30 @@ def _fold(module: fx.GraphModule, numbers: bool) -> dict[str, Tensor]:
                 known[constant] = value
                 node.replace_all_uses_with(constant)
                 module.graph.erase_node(node)
-        elif numbers and _name(node.target) == "pow" and node.args[1] == 1:
-            node.replace_all_uses_with(node.args[0])  # as the derivative of a square has it, which is a copy
+        elif numbers and _copies(node):
+            node.replace_all_uses_with(node.args[0])
+        elif numbers and _name(node.target) in FILLED:
+            val = node.meta["val"]
+            value = torch.full(val.shape, FILLED[_name(node.target)], dtype=val.dtype, device=val.device)
+            constant = _constant(module, node, f"_filled_{node.name}", value)
+            known[constant] = value
+            node.replace_all_uses_with(constant)
+            module.graph.erase_node(node)
     for node in list(module.graph.nodes):
         if _name(node.target) in ("index", "index_put", "_unsafe_index", "_unsafe_index_put"):
             node.update_arg(1, [i for entry in node.args[1] for i in _positions(module, node, entry)])
     module.graph.eliminate_dead_code()
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     return {name: getattr(module, name).detach() for name in sorted(used)}
+
+
+FILLED = {"ones_like": 1, "zeros_like": 0, "new_zeros": 0, "new_ones": 1}
+"""Ops of which only the shape of the input matters, and what they give."""
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether an op gives what it is given: the derivative of a square has a power of one, and detaches do nothing."""
+    return _name(node.target) in ("detach", "alias") or (_name(node.target) == "pow" and node.args[1] == 1)
 
 
 def _constant(module: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
