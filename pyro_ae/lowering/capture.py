@@ -210,7 +210,8 @@ FILLED = {"ones_like": 1, "zeros_like": 0, "new_zeros": 0, "new_ones": 1}
 
 def _copies(node: fx.Node) -> bool:
     """Whether an op gives what it is given: the derivative of a square has a power of one, and detaches do nothing."""
-    return _name(node.target) in ("detach", "alias") or (_name(node.target) == "pow" and node.args[1] == 1)
+    op = _name(node.target)
+    return op in ("detach", "alias") or (op == "pow" and node.args[1] in (1, 1.0))
 
 
 def _constant(module: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
