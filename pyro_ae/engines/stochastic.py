@@ -82,6 +82,7 @@ class Stacked:
         self._refuse()
         self.history: dict[str, list[float]] = {"step": [], "energy": []}
         self.done = self.drawn = 0
+        self.moving = False  # whether a step is under way, so that the state is neither of before nor of after
         with self.program.active():
             target = self.program.model
             if config.prior_temperature != 1:
@@ -171,7 +172,7 @@ class Stacked:
                         break
             except KeyboardInterrupt:
                 interrupted = True
-                if run.checkpoint:
+                if run.checkpoint and not self.moving:
                     self._save()
         if not self.drawn and config.anytime:
             self.store.keep(0, config.kept(self.state))
@@ -183,6 +184,7 @@ class Stacked:
 
     def _step(self) -> Tensor:
         config, program = self.config, self.program
+        self.moving = True
         plan = config.plan(self.done)
         parameters = self.trained if plan.adapting else []
         if not parameters:
@@ -212,6 +214,7 @@ class Stacked:
             self.densities[:, plan.kept] = -energies
             self.drawn = plan.kept + 1
         self.done += 1
+        self.moving = False
         return energies
 
     def _fail(self, gradient: Tensor) -> None:
