@@ -40,7 +40,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_ae import batch_plate, datasets, fit, sghmc
+from pyro_ae import batch_plate, fit, sghmc
 from pyro_ae.bayesian import Bayesian, bayesian
 from pyro_ae.critics import wasserstein_critic
 from pyro_ae.divergences import energy_distance
@@ -49,6 +49,8 @@ from pyro_ae.nn import MLP
 from pyro_ae.priors import fan_in, learnable, normal
 from pyro_ae.processes import gaussian_process
 from pyro_ae.runtime import seeded
+
+from .variational_bayesian_last_layers import table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -157,21 +159,8 @@ def run(scale: str = "small", seed: int = 0, progress: bool = False) -> DataFram
 
 
 def _table(name: str, split: int, seed: int) -> Part:
-    if name == "diabetes":
-        from sklearn.datasets import load_diabetes
-
-        raw = load_diabetes()
-        order = torch.randperm(442, generator=torch.Generator().manual_seed(100 * seed + split))
-        (x, test_x), (y, test_y) = (
-            torch.tensor(part, dtype=torch.float32)[order].split([342, 100]) for part in (raw.data, raw.target)
-        )
-    else:
-        data = datasets.load(name, split=split)
-        assert data.test is not None
-        (x, y), (test_x, test_y) = ((part["x"], part["y"]) for part in (data.train, data.test))
-    mean, spread, unit = x.mean(0), x.std(0).clamp(min=1e-6), y.std()
-    y, test_y = ((values - y.mean()) / unit for values in (y, test_y))
-    return Part((x - mean) / spread, y, (test_x - mean) / spread, test_y, unit.item())
+    part = table(name, split, seed)
+    return Part(part.x, part.y.squeeze(-1), part.test_x, part.test_y.squeeze(-1), part.unit)
 
 
 def _network(settings: Scale, prior: str, inputs: int) -> Bayesian:

@@ -215,7 +215,7 @@ def run(scale: str = "small", seed: int = 0, progress: bool = False) -> DataFram
     from pandas import DataFrame
 
     settings = SCALES[scale]
-    tasks = [(t, [_table(t, n, seed) for n in range(settings.splits)]) for t in settings.tables]
+    tasks = [(t, [table(t, n, seed) for n in range(settings.splits)]) for t in settings.tables]
     tasks += [(settings.images, [_images(settings)])]
     rows: list[dict[str, Any]] = []
     for data, parts in tasks:
@@ -231,8 +231,14 @@ def run(scale: str = "small", seed: int = 0, progress: bool = False) -> DataFram
     return DataFrame(rows)
 
 
-def _table(name: str, split: int, seed: int) -> Part:
-    """A table, standardised by its training rows."""
+def table(name: str, split: int, seed: int) -> Part:
+    """A table, standardised by its training rows, with y ``[N, 1]``.
+
+    Arguments:
+        name: of a data set, or ``"diabetes"``, scikit-learn's.
+        split: which of the standard splits.
+        seed: of the split of what has no standard ones.
+    """
     if name == "diabetes":
         from sklearn.datasets import load_diabetes
 
