@@ -52,7 +52,7 @@ from pyro_ae import Posterior, batch_plate, datasets, fit, importance, svi
 from pyro_ae.divergences import mmd, rbf
 from pyro_ae.estimators import analytic_kl
 from pyro_ae.losses import info_vae
-from pyro_ae.nn import MLP
+from pyro_ae.nn import MLP, PixelCNN
 from pyro_ae.runtime import seeded
 from pyro_ae.types import Loss
 
@@ -158,41 +158,21 @@ NOT_AT_SMALL = {
 PAPER: list[dict[str, Any]] = []
 
 
-class Masked(nn.Conv2d):
-    """A convolution that sees the pixels above and to the left, and the pixel itself unless it is the first layer."""
-
-    mask: Tensor
-
-    def __init__(self, inputs: int, outputs: int, size: int, *, first: bool) -> None:
-        super().__init__(inputs, outputs, size, padding=size // 2)
-        seen = torch.arange(size * size) < size * size // 2 + (not first)
-        self.register_buffer("mask", seen.float().reshape(size, size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
-
-
-class PixelCNN(nn.Module):
-    """Pixels ``[*, B, side^2]`` and codes to the logits of each pixel given those before it."""
+class Pixels(nn.Module):
+    """Pixels ``[*, B, side^2]`` and codes to the logits of each pixel given those before it, by a PixelCNN."""
 
     def __init__(self, latent: int, pixels: int, channels: int, layers: int) -> None:
         super().__init__()
-        self.side = math.isqrt(pixels)
-        self.code = nn.Linear(latent, channels * pixels)
-        self.first = Masked(1, channels, 7, first=True)
-        self.rest = nn.ModuleList(Masked(channels, channels, 3, first=False) for _ in range(layers - 1))
-        self.last = nn.Conv2d(channels, 1, 1)
+        side = math.isqrt(pixels)
+        self.code = nn.Sequential(nn.Linear(latent, channels * pixels), nn.Unflatten(-1, (channels, side, side)))
+        self.pixels = PixelCNN((side, side), channels, (7, *(3,) * (layers - 1)))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        rows = x.expand(*z.shape[:-1], x.shape[-1]).reshape(-1, 1, self.side, self.side)
-        h = self.first(rows) + self.code(z).reshape(len(rows), -1, self.side, self.side)
-        for layer in self.rest:
-            h = h + layer(h.relu())
-        return self.last(h.relu()).reshape(*z.shape[:-1], -1)
+        return self.pixels(x.unflatten(-1, self.pixels.input_shape), self.code(z)).flatten(-2)
 
 
 class MADE(nn.Module):
-    """A perceptron of one hidden layer with the inputs and outputs of :class:`PixelCNN`.
+    """A perceptron of one hidden layer with the inputs and outputs of :class:`Pixels`.
 
     References:
         MADE: Masked Autoencoder for Distribution Estimation (Germain et al., 2015) https://arxiv.org/abs/1502.03509
@@ -279,7 +259,7 @@ def _fit(setting: Setting, loss: Loss, x: Tensor, progress: bool) -> Posterior:
     pixels, latent, hidden, width = x.shape[1], setting.latent, setting.hidden, setting.width
     model = {
         "MADE": lambda: PixelVAE(MADE(latent, pixels, width), latent),
-        "PixelCNN": lambda: PixelVAE(PixelCNN(latent, pixels, width, setting.layers), latent),
+        "PixelCNN": lambda: PixelVAE(Pixels(latent, pixels, width, setting.layers), latent),
         "perceptron": lambda: VAE(MLP(latent, (width,) * setting.layers, pixels), latent),
     }[setting.decoder]()
     head = MeanField(hidden[-1], latent)

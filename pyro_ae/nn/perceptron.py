@@ -1,4 +1,4 @@
-"""The few plain networks the zoo shares. All take any leading dims."""
+"""The multi-layer perceptron."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .inputs import check_shape, with_mask
 
 
 class MLP(nn.Module):
@@ -48,20 +50,12 @@ class MLP(nn.Module):
         self.missing = missing
 
     def forward(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        check_shape(x, self.input_shape, "inputs")
         dims = len(self.input_shape)
-        if x.shape[x.dim() - dims :] != self.input_shape:
-            raise ValueError(f"expected inputs [*, {_sizes(self.input_shape)}], got a tensor of {tuple(x.shape)}")
-        if observed is not None and not self.missing:
-            raise ValueError("the input has missing values: build the network with MLP(..., missing=True)")
-        h = x.flatten(-dims) if dims > 1 else x
-        if self.missing:
-            mask = torch.ones_like(x) if observed is None else observed.to(x.dtype)
-            h = torch.cat([h, mask.flatten(-dims) if dims > 1 else mask], -1)
+        if dims > 1:
+            x, observed = x.flatten(-dims), None if observed is None else observed.flatten(-dims)
+        h = with_mask(x, observed, -1, missing=self.missing, name="MLP")
         y = self.layers(h)
         if self.output_shape is not None and len(self.output_shape) > 1:
             y = y.unflatten(-1, self.output_shape)
         return y
-
-
-def _sizes(shape: Sequence[int]) -> str:
-    return ", ".join(map(str, shape))

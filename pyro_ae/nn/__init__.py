@@ -1,0 +1,20 @@
+"""The few plain networks the zoo shares. All take any leading dims, and encoders take missing values."""
+
+from .images import Convolutional, ConvolutionalDecoder, Residual, ResidualDecoder
+from .perceptron import MLP
+from .pixels import MaskedConvolution, PixelCNN
+from .sequences import Recurrent, RecurrentDecoder, Transformer, TransformerDecoder
+
+__all__ = [
+    "MLP",
+    "Convolutional",
+    "ConvolutionalDecoder",
+    "MaskedConvolution",
+    "PixelCNN",
+    "Recurrent",
+    "RecurrentDecoder",
+    "Residual",
+    "ResidualDecoder",
+    "Transformer",
+    "TransformerDecoder",
+]
