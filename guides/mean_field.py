@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions import Distribution, constraints
+
+from pyro_ae.heads import Readout, free_size, onto, scale_of
 
 
 class MeanField(nn.Module):
@@ -20,28 +24,27 @@ class MeanField(nn.Module):
 
     Arguments:
         features: size h of the features ``[*, h]``.
-        latent: size d of the latent; the event shape is ``[d]``.
-        support: a constraint of torch that acts element by element, such as ``constraints.positive``.
+        latent: size d of the latent, or its event shape, such as ``()`` for a scalar.
+        support: a constraint of torch, such as ``constraints.positive`` or ``constraints.simplex``.
 
     Raises:
-        ValueError: for a support whose transform mixes elements, such as the simplex.
+        ValueError: for a support that is not continuous; when called, for features of another width.
     """
 
-    def __init__(self, features: int, latent: int, *, support: constraints.Constraint = constraints.real) -> None:
+    def __init__(
+        self, features: int, latent: int | Sequence[int], *, support: constraints.Constraint = constraints.real
+    ) -> None:
         super().__init__()
-        self.transform = biject_to(support)
-        if self.transform.domain.event_dim or self.transform.codomain.event_dim:
-            raise ValueError(f"the support must act element by element, and {support} does not")
-        self.linear = nn.Linear(features, 2 * latent)
+        self.latent, self.support = latent, support
+        self.linear = Readout(features, 2 * free_size(latent, support))
 
     def forward(self, features: Tensor) -> Distribution:
-        loc, log_scale = self.linear(features).chunk(2, -1)
-        # far outside this range a scale over- or underflows; inside it nothing changes but by less than 1e-3
-        log_scale = torch.clamp(log_scale, -7.0, 5.0)
-        base = dist.Normal(loc, log_scale.exp())
-        if self.transform.bijective and self.transform == biject_to(constraints.real):
-            return base.to_event(1)
-        return dist.TransformedDistribution(base, [self.transform]).to_event(1)
+        return self.distribution(self.linear(features))
+
+    def distribution(self, parameters: Tensor) -> Distribution:
+        """The distribution that parameters ``[*, 2 m]`` stand for: m locations and m logarithms of scales."""
+        loc, log_scale = parameters.chunk(2, -1)
+        return onto(dist.Normal(loc, scale_of(log_scale)).to_event(1), self.latent, self.support)
 
 
 def example() -> tuple[MeanField, Tensor]:

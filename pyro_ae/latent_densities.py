@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import AffineTransform, Distribution, TransformedDistribution
 
+from .flows import unvalidated, zuko
+
 LatentDensity: TypeAlias = Callable[[Tensor], Distribution]
 """Codes ``[N, d]`` to a distribution of codes, with event shape ``[d]``."""
 
@@ -166,17 +168,12 @@ class flow:
             raise ValueError(f"transforms and steps must be at least 1 and lr positive, got {self!r}")
 
     def __call__(self, codes: Tensor) -> Distribution:
-        validated = Distribution._validate_args
-        import zuko  # which switches the validation of distributions off for the whole process
-
-        Distribution.set_default_validate_args(validated)
         codes = _check(codes, 10)
         loc, scale = codes.mean(0), codes.std(0).clamp(min=1e-6)
         z = ((codes - loc) / scale)[torch.randperm(len(codes))]
         held, rest = z[: len(z) // 10], z[len(z) // 10 :]
-        try:
-            Distribution.set_default_validate_args(False)
-            network = zuko.flows.NSF(z.shape[1], transforms=self.transforms, hidden_features=self.hidden)
+        with unvalidated():
+            network = zuko().flows.NSF(z.shape[1], transforms=self.transforms, hidden_features=self.hidden)
             optimizer = torch.optim.Adam(network.parameters(), lr=self.lr)
             best, kept = torch.inf, network.state_dict()
             with torch.enable_grad():
@@ -194,5 +191,3 @@ class flow:
             network.load_state_dict(kept)
             network.requires_grad_(False)
             return TransformedDistribution(network(), [AffineTransform(loc, scale, event_dim=1)], validate_args=False)
-        finally:
-            Distribution.set_default_validate_args(validated)

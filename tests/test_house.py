@@ -158,6 +158,9 @@ LAYERS = [
         "schedules",
         "plates",
         "nn",
+        "heads",
+        "spheres",
+        "flows",
         "priors",
         "bayesian",
         "normalisation",
@@ -165,6 +168,8 @@ LAYERS = [
     ),
     *(
         "sites",
+        "conjugate",
+        "unconstrained",
         "particles",
         "enumeration",
         "density",
