@@ -8,7 +8,6 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
-from pyro_ae.data import fill_missing
 from pyro_ae.plates import batch_plate
 
 from .amortized import Amortized
@@ -46,9 +45,8 @@ class BottomUp(Amortized):
         self.above = nn.ModuleList(nn.Sequential(encoder, head) for encoder, head in above)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = self._rows(args, kwargs)
-        filled, observed = fill_missing(x)
-        features = self.encoder(filled) if observed is None else self.encoder(filled, observed)
+        x = self.rows(args, kwargs)
+        features = self.features(x)
         with batch_plate(x, name=self.plate):
             z = pyro.sample("z1", self.head(features))
             for layer, above in enumerate(self.above, 2):

@@ -7,15 +7,13 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from pyro_ae.types import Guide
 
 
 class Together(nn.Module):
-    r"""Guides over different latents of one model, run one after the other.
+    r"""Guides over different latents of one model, run one after the other, such as ``Shared`` and ``Amortized``.
 
     .. math:: q(w, z \mid x) = q(w) \, q(z \mid x)
 
@@ -46,6 +44,7 @@ def example() -> tuple[Any, Together, Tensor]:
 
     from .amortized import Amortized
     from .mean_field import MeanField
+    from .shared import Shared
 
     def model(x: Tensor | None = None, *, size: int = 1) -> None:
         mean = pyro.sample("mean", dist.Normal(torch.zeros(3), 1.0).to_event(1))
@@ -55,7 +54,6 @@ def example() -> tuple[Any, Together, Tensor]:
 
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        shared = AutoNormal(poutine.block(model, hide=["z"]))
-        guide = Together(shared, Amortized(MLP(3, [8]), MeanField(8, 3)))
+        guide = Together(Shared(model), Amortized(MLP(3, [8]), MeanField(8, 3)))
         x = torch.randn(16, 3)
     return model, guide, x

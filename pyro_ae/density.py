@@ -67,7 +67,7 @@ class Pass:
         self.guided: list[dict] = self.drawn.scored
         self.modelled, self.terms = marginalise(modelled.scored)
         self._check(modelled)
-        plates = _common_plates([*self.guided, *modelled.scored])
+        self.plates = plates = _common_plates([*self.guided, *modelled.scored])
         self.scale = math.prod(f.full_size / f.size for f in plates if f.full_size)
         self.keep = tuple(f.dim for f in plates)
         self.sizes = tuple(f.size for f in plates)
@@ -182,6 +182,18 @@ class Weights:
         parts = [read(p) for p in self.passes]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def values(self, name: str) -> Tensor:
+        """The guide's draws of one site, particles first."""
+        if len(self.passes) == 1:
+            return self.passes[0].drawn.sites[name]["value"]
+        return torch.stack([p.drawn.sites[name]["value"] for p in self.passes])
+
+    def align(self, per_particle: Tensor, site: dict) -> Tensor:
+        """``[K, *batch]`` so that it broadcasts against :meth:`values` of a site."""
+        if len(self.passes) == 1:
+            return self.passes[0].align(per_particle, site)
+        return torch.stack([p.align(part, site) for p, part in zip(self.passes, per_particle.split(1), strict=True)])
+
     @property
     def scale(self) -> float:
         """N/B: what a sum over the rows is multiplied with to stand for the whole data set."""
@@ -215,8 +227,12 @@ def weigh(model: Model, guide: Guide, batch: Any, particles: int, *, layout: Lay
     enumerate = any(s.enumerated and n not in layout.guide for n, s in layout.model.items())
     if particles > 1 and layout.serial is not None:
         say_serial(layout.serial)
-        return Weights([Pass(model, guide, batch, 1, layout.nesting, enumerate) for _ in range(particles)])
-    return Weights([Pass(model, guide, batch, particles, layout.nesting, enumerate)])
+        weights = Weights([Pass(model, guide, batch, 1, layout.nesting, enumerate) for _ in range(particles)])
+    else:
+        weights = Weights([Pass(model, guide, batch, particles, layout.nesting, enumerate)])
+    if any(s["infer"].get("weighed") for s in weights.passes[0].latents):
+        refuse_shared(weights, "a guide that weighs its draws by the model")
+    return weights
 
 
 def _layout(model: Model, guide: Guide, batch: Any) -> Layout:

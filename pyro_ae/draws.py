@@ -15,7 +15,7 @@ from .density import Weights, refuse_shared, weigh
 from .enumeration import enumerating, marginalise
 from .particles import at_work, chunk_size, gather, part_sizes, run_particles
 from .program import Program, validation
-from .sites import Layout, Recorder, elements_of, is_auxiliary, pointwise_log_prob, quote
+from .sites import Layout, Recorder, elements_of, is_auxiliary, is_estimated, pointwise_log_prob, quote
 from .types import Draws
 
 
@@ -133,7 +133,7 @@ def _refuse_points(weights: Weights) -> None:
     latents = weights.passes[0].latents
     points = [s["name"] for s in latents if isinstance(elements_of(s["fn"]), Delta)]
     # Pyro's autoguides draw in an auxiliary site and hand its density over to a Delta
-    if points and not any(is_auxiliary(s) for s in latents):
+    if points and not any(is_auxiliary(s) or is_estimated(s) for s in latents):
         raise ValueError(
             f"the guide gives {quote(points)} a single point, which has no density to weigh, so it says nothing of "
             "log p(x): use a guide with a density, such as MeanField, for the evidence"

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from .bounds import is_linear
 from .density import Pass, Weights
-from .sites import elements_of, is_latent
+from .sites import elements_of, is_estimated, is_latent, quote
 from .types import Bound
 
 CURES = (
@@ -173,6 +173,12 @@ def refuse_discrete(weights: Weights, what: str) -> None:
 
 def _path(run: Pass) -> Tensor:
     """Log-weights that depend on the guide's parameters by the draws alone, ``[K, *batch]``."""
+    estimated = [s["name"] for s in run.drawn.scored if is_estimated(s)]
+    if estimated:
+        raise ValueError(
+            f"this estimator needs the guide's density at other values than its draws, and that of {quote(estimated)} "
+            "is an estimate made with the draw: use pathwise, the default"
+        )
     log_q = run.total(run.rescore(run.values))
     still = run.total(run.rescore({name: value.detach() for name, value in run.values.items()}))
     return run.log_p - log_q + still - still.detach()

@@ -96,6 +96,11 @@ class Parameters:
             prefixes = (names[id(p)].removesuffix(n) for n, p in module.named_parameters() if id(p) in names)
             self.registered |= {prefix: module for prefix in [*prefixes][:1]}
 
+    def share(self, other: Parameters) -> None:
+        """Use the networks and the param store that another program found and made."""
+        self.registered = dict(other.registered)
+        self._store = other._store
+
     @property
     def _all_modules(self) -> dict[str, nn.Module]:
         return {f"{side}.": module for side, module in self.modules.items()} | self.registered

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import pyro
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR, get_plates
 from torch import Tensor, nn
 
 from .schedules import Schedule, now
@@ -39,6 +40,44 @@ def batch_plate(x: Tensor | None = None, size: int = 1, *, name: str = "data") -
 def particle_plate(particles: int, nesting: int) -> AbstractContextManager:
     """The plate of the particles, outside ``nesting`` others."""
     return pyro.plate("_particles", particles, dim=-nesting - 1)
+
+
+def running_particles() -> int | None:
+    """How many particles the running program is run for at once; None outside a plate of them."""
+    return next((int(f.size) for f in get_plates() if f.name == "_particles"), None)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Run a program within another as if it ran alone: the handlers, plates and dims outside do not see it."""
+    outer, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack = outer
+
+
+class Plates:
+    """The plates of a run that is over, entered again within another."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    @contextmanager
+    def entered(self, frames: Iterable[Any]) -> Iterator[None]:
+        """Stand in the plates of a site, but not in that of the particles.
+
+        Arguments:
+            frames: the site's ``cond_indep_stack``.
+        """
+        with ExitStack() as stack:
+            for f in frames:
+                if f.vectorized and f.name != "_particles":
+                    if f.name not in self._known:
+                        self._known[f.name] = pyro.plate(f.name, f.size, dim=f.dim)
+                    stack.enter_context(self._known[f.name])
+            yield
 
 
 class Minibatch(Messenger):

@@ -159,6 +159,13 @@ class Program:
         self.parameters.modules["guide"] = guide  # beside what the model's pyro.param made, which stays
         self.automatic_guide = True
 
+    def with_guide(self, guide: Guide, batch: Any, *, minibatched: bool = False) -> Program:
+        """The same model and parameters with another guide, built."""
+        new = Program(self.model.fn, guide, plate=self.plate, total=self.total, device=self.device)
+        new.parameters.share(self.parameters)
+        new.build(batch, minibatched=minibatched)
+        return new
+
     def inspect(self, batch: Any, *, model: bool = True, guide: bool = True) -> Layout:
         """The layout on another batch; of the guide alone where ``model`` is False."""
         ours, theirs = self.model, self.guide if guide else None

@@ -13,7 +13,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent, biject_to
+from torch.distributions import Independent, biject_to, constraints
 
 from .data import call_with
 from .types import Draws, Guide, Model
@@ -95,6 +95,11 @@ def is_latent(site: dict) -> bool:
 
 def is_auxiliary(site: dict) -> bool:
     return bool(site["infer"] and site["infer"].get("is_auxiliary"))
+
+
+def is_estimated(site: dict) -> bool:
+    """Whether a site's log-density is an estimate that was made with its draw, so that no other value has one."""
+    return bool(site["infer"] and site["infer"].get("estimated"))
 
 
 def site_log_prob(site: dict, scale: float | Tensor | None = None) -> Tensor:
@@ -189,7 +194,7 @@ def inspect_sites(model: Model, guide: Guide | None, batch: Any) -> Layout:
             with q:
                 guide(*args, **kwargs)
             values = {name: site["value"] for name, site in q.sites.items()}
-        with InitMessenger(draw_or_any) if guide is None else nullcontext(), Recorder(values) as p:
+        with InitMessenger(draw_or_any) if guide is None else nullcontext(), _Matching(values, q.sites) as p:
             model(*args, **kwargs)
     sites = [s for s in (*q.sites.values(), *p.sites.values()) if not site_is_subsample(s)]
     nesting = max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
@@ -201,6 +206,59 @@ def inspect_sites(model: Model, guide: Guide | None, batch: Any) -> Layout:
     if guide is not None:
         check_names(layout)
     return layout
+
+
+class _Matching(Recorder):
+    """A recorder that refuses values of the guide that do not belong where the model has the site."""
+
+    def __init__(self, values: Draws, guided: dict[str, dict]) -> None:
+        super().__init__(values)
+        self.guided = guided
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["done"] and not site_is_subsample(msg) and is_latent(msg):
+            _check_shape(msg)
+            _check_support(msg, self.guided[msg["name"]])
+
+
+def _check_shape(site: Any) -> None:
+    wanted, found = site["fn"].shape(), site["value"].shape
+    try:
+        fits = torch.broadcast_shapes(wanted, found) == wanted
+    except RuntimeError:
+        fits = False
+    if not fits:
+        event = tuple(site["fn"].event_shape)
+        latent = event[0] if len(event) == 1 else event
+        raise ValueError(
+            f"site '{site['name']}' has values of shape {tuple(found)} in the guide and of {tuple(wanted)} in the "
+            f"model, of which {event} is the event: give the guide's head latent={latent}, or the model's site as many "
+            "event dims (.to_event) as the guide's"
+        )
+
+
+def _check_support(site: Any, guided: Any) -> None:
+    fn, drawn, value = site["fn"], guided["fn"], site["value"]
+    try:
+        support, theirs = fn.support, _without_dims(drawn.support)
+        outside = not torch.isnan(value).any() and not support.check(value).all()
+    except (NotImplementedError, AttributeError):
+        return
+    anywhere_real = theirs is constraints.real and not isinstance(elements_of(drawn), Delta)
+    if outside or (anywhere_real and _without_dims(support) is not constraints.real):
+        raise ValueError(
+            f"the guide's {type(elements_of(drawn)).__name__} leaves the support of site '{site['name']}', which is "
+            f"{_without_dims(support)}: give its head support=, such as MeanField(..., support=constraints.positive), "
+            "which carries its draws there"
+        )
+
+
+def _without_dims(support: Any) -> Any:
+    """A constraint without the event dims that to_event gave it."""
+    while isinstance(support, type(constraints.independent(constraints.real, 0))):
+        support = support.base_constraint
+    return support
 
 
 def check_names(layout: Layout) -> None:

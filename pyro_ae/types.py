@@ -16,7 +16,10 @@ Model: TypeAlias = Callable[..., Any]
 """Any callable with Pyro sites."""
 
 Guide: TypeAlias = Callable[..., Any]
-"""A callable with its model's arguments that samples every latent site of the model, and no other."""
+"""A callable with its model's arguments that samples every latent site of the model, and no other.
+
+A module of it may have a method ``finish(model, batches)``, which ``svi`` calls once it is done, with the model scaled
+to the whole data and a list of calls and the share of the rows that each has."""
 
 Head: TypeAlias = Callable[[Tensor], Distribution]
 """Features ``[*, h]`` to a distribution with batch shape ``[*]`` and event shape ``[d]``."""

@@ -336,3 +336,28 @@ def test_a_richer_guide_closes_the_gap_that_a_mean_field_guide_must_leave():
         gaps.append(evidence - elbo(log_weights(model, posterior.guide, y, particles=20_000)[0]))
     assert abs(gaps[0] - expected) < 0.05
     assert abs(gaps[1]) < 0.05
+
+
+@pytest.mark.parametrize("which", ["lasting", "own", "network"])
+def test_tensors_outside_every_module_are_refused_unless_a_run_makes_them(which):
+    """Noise that a run differentiates is a leaf too, but nothing to be trained."""
+    lasting = torch.zeros(3, requires_grad=True)
+
+    def model(y):
+        extra = {
+            "lasting": lambda: lasting,
+            "own": lambda: torch.randn(3).requires_grad_(),
+            "network": lambda: torch.nn.Linear(1, 3).bias,
+        }[which]()
+        u = pyro.sample("u", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(u + extra, 1.0).to_event(1), obs=y)
+
+    def run():
+        return fit(model, torch.randn(5, 3), method=svi(steps=2), progress=False)
+
+    if which == "own":
+        run()
+    else:
+        with pytest.raises(ValueError, match="belong to no module"):
+            run()

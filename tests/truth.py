@@ -5,7 +5,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_ae import batch_plate
+from pyro_ae import batch_plate, observe
+from pyro_ae.density import log_joint
 from pyro_ae.models.ppca import PPCA
 
 
@@ -102,3 +103,31 @@ def regression_posterior(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the weights."""
     covariance = torch.linalg.inv(x.T @ x / NOISE**2 + torch.eye(3))
     return covariance @ x.T @ y / NOISE**2, covariance
+
+
+def banana(x: Tensor | None = None, *, size: int = 1) -> None:
+    """A latent of two dims whose posterior is bent: only z2 + z1^2 is seen, with noise."""
+    with batch_plate(x, size):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        observe("x", dist.Normal((z[..., 1] + z[..., 0] ** 2).unsqueeze(-1), 0.4).to_event(1), x)
+
+
+def moons(x: Tensor | None = None, *, size: int = 1) -> None:
+    """A latent of two dims whose posterior is two crescents: its distance from the origin is seen, and roughly |z1|."""
+    with batch_plate(x, size):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = torch.stack([z.norm(dim=-1), z[..., 0].abs()], -1)
+        observe("x", dist.Normal(loc, torch.tensor([0.15, 0.4])).to_event(1), x)
+
+
+def on_a_grid(model, x: Tensor) -> Tensor:
+    """log p(x) of each row of a model with two standard normal latents, by summing over a grid."""
+    points = torch.linspace(-6, 6, 601)
+    z = torch.cartesian_prod(points, points).unsqueeze(1)
+    parts = []
+    with torch.no_grad():
+        for rows in x.split(8):  # as many as fit into memory at once
+            with pyro.plate("_grid", len(z), dim=-2):
+                log_p = log_joint(model, {"z": z.expand(-1, len(rows), -1)}, rows)
+            parts.append(log_p.reshape(len(z), len(rows)).logsumexp(0))
+    return torch.cat(parts) + 2 * torch.log(points[1] - points[0])

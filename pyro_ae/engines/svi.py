@@ -219,6 +219,7 @@ class _Fit:
                 interrupted = True
             if best_state is not None:
                 self.program.parameters.load(best_state)
+            self._finish(resident)
         return self._posterior(interrupted)
 
     def _posterior(self, interrupted: bool = False) -> Posterior:
@@ -230,6 +231,23 @@ class _Fit:
             interrupted=interrupted,
             batch_size=self.circumstances.batch_size,
         )
+
+    def _finish(self, resident: Rows | LoadedRows) -> None:
+        """Have the parts of the guide that have something to compute from all the data do so."""
+        guide = self.program.parameters.modules.get("guide")
+        program, size = self.program, self.circumstances.batch_size
+        parts: list[Any] = [] if guide is None else [m for m in guide.modules() if hasattr(m, "finish")]
+        for part in parts:
+            calls = resident.batches(size, shuffle=False, device=program.device)
+            with program.parameters.mode(train=False), validation(False):
+                part.finish(program.model, [(call, self._share(call)) for call in calls])
+
+    def _share(self, batch: Call) -> float:
+        """The part of all rows that a batch has."""
+        if self.circumstances.batch_size is None and not isinstance(self.circumstances.data, LoadedRows):
+            return 1.0
+        rows = next(t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.dim())
+        return len(rows) / self.program.rows
 
     def _resident(self) -> Rows | LoadedRows:
         """The data on the device where it takes less than half of what is free, else batch by batch."""
@@ -306,7 +324,15 @@ class _Fit:
             raise ValueError("the loss does not depend on any parameter of the model or guide")
         if isinstance(loss, Sides):
             self.guided = self.program.parameters.sampled_by(self.program.guide, batch)
-        unknown = unknown_leaves(sum(scalars[1:], scalars[0]), self.program.parameters.named() | self.named)
+        known = self.program.parameters.named() | self.named
+        unknown = unknown_leaves(sum(scalars[1:], scalars[0]), known)
+        if unknown and not all(isinstance(t, nn.Parameter) for t in unknown):
+            # a tensor that a run makes for itself, such as noise that is differentiated, is another in the next run
+            with torch.random.fork_rng(devices=()), progress(0.0):
+                again = self.loss(self.program.model, self.program.guide, *batch.args, **batch.kwargs)
+            parts = [again] if isinstance(again, Tensor) else [s for s in again if s is not None and s.requires_grad]
+            lasting = unknown_leaves(sum(parts[1:], parts[0]), known)
+            unknown = [t for t in unknown if isinstance(t, nn.Parameter) or any(t is other for other in lasting)]
         if unknown:
             shapes = ", ".join(str(tuple(t.shape)) for t in unknown[:4])
             raise ValueError(
