@@ -21,7 +21,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from .nn import MLP
 from .priors import Prior, as_key, everywhere, fan_in_of, normal
 
 Priors: TypeAlias = Prior | Distribution | Mapping[str, Prior | Distribution]
@@ -351,8 +350,8 @@ def _refuse(name: str, module: nn.Module, fixed: bool) -> bool:
 def _event_dims(module: nn.Module) -> int | None:
     """How many dims one input has, by the first layer that is not element-wise; None where that cannot be told."""
     for m in module.modules():
-        if isinstance(m, MLP):
-            return len(m.input_shape)
+        if hasattr(m, "event_dims"):  # as our own networks have, and what folds their leading dims
+            return m.event_dims
         if isinstance(m, (nn.Linear, nn.Embedding)):
             return int(isinstance(m, nn.Linear))
         if isinstance(m, _ConvNd):

@@ -141,7 +141,7 @@ class Program:
                 "is a function of the rows. Write\n"
                 f"    guide = Amortized(MLP(inputs, [200, 200]), MeanField(200, {sizes}), site='{local[0]}')\n"
                 "with MLP from pyro_ae.nn, Amortized from pyro_ae.guides.amortized and MeanField from "
-                "pyro_ae.guides.mean_field; or, without minibatches, pass a guide of Pyro such as AutoNormal(model)"
+                "pyro_ae.guides.mean_field; or, without minibatches, Shared(model, plate=None) of pyro_ae.guides.shared"
             )
         discrete = [n for n in layout.names("latent") if getattr(layout.model[n].support, "is_discrete", False)]
         if discrete:

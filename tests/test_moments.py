@@ -13,7 +13,7 @@ from pyro_ae.density import weigh
 from pyro_ae.estimators import reconstruction
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mixture import Mixture
-from pyro_ae.losses.moments import aggregate_moments
+from pyro_ae.losses import aggregate_moments
 from pyro_ae.models import vae
 from pyro_ae.plates import Minibatch
 

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from pyro_ae import fit, importance, iwae, svi
+from pyro_ae import bayesian, fit, importance, iwae, svi
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
 from pyro_ae.models.vae import VAE
@@ -359,3 +360,19 @@ def test_pixelcnn_refuses_wrong_shapes() -> None:
         net(torch.zeros(3, 4), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="must be odd"):
         MaskedConvolution(1, 1, 4)
+
+
+@every
+def test_weights_of_a_network_may_be_latent(name: str) -> None:
+    """It says itself how many dims one input has, and particles together are particles one by one."""
+    for net, inputs, outputs in networks(name):
+        stochastic = bayesian(net)
+        x = torch.randn(4, *inputs)
+        with pyro.plate("_particles", 3, dim=-2):
+            trace = pyro.poutine.trace(stochastic).get_trace(x)
+        together = trace.nodes["_RETURN"]["value"]
+        assert together.shape == (3, 4, *outputs)
+        latents = {n: trace.nodes[n]["value"] for n in trace.stochastic_nodes if n != "_particles"}
+        for k in range(3):
+            alone = pyro.poutine.condition(stochastic, {n: v[k, 0] for n, v in latents.items()})(x)
+            torch.testing.assert_close(together[k], alone, rtol=1e-4, atol=1e-5)

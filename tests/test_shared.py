@@ -1,5 +1,6 @@
 """Guides of latents that rows share: any head over the unconstrained space, and the Laplace approximation."""
 
+import math
 from functools import partial
 
 import pyro
@@ -61,10 +62,11 @@ def test_a_shared_guide_leaves_rows_and_enumerated_latents_to_others() -> None:
     def model(x: Tensor) -> None:
         weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        moved = pyro.sample("moved", dist.Bernoulli(0.3))
         with batch_plate(x):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             c = pyro.sample("c", dist.Categorical(weights))
-            pyro.sample("x", dist.Normal(z + 3.0 * c, scale), obs=x)
+            pyro.sample("x", dist.Normal(z + 3.0 * c + moved, scale), obs=x)
 
     x = torch.randn(12)
     local = Amortized(MLP(1, [8]), MeanField(8, ()), inputs=lambda x: x.unsqueeze(-1))
@@ -105,19 +107,20 @@ def test_laplace_is_exact_for_normals(batch_size) -> None:
 
 
 def test_laplace_has_the_curvature_of_the_unconstrained_space() -> None:
-    """Gamma prior and Poisson counts, in the logarithm of the rate: the mode a / b, the curvature a."""
-    y = torch.tensor([2.0, 4.0, 3.0, 5.0])
+    """Beta prior and coin tosses, in the logit of the chance p: mode a / (a + b), curvature (a + b) p (1 - p)."""
+    y = torch.tensor([1.0, 1.0, 0.0, 1.0])
 
     def model(y: Tensor) -> None:
-        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        chance = pyro.sample("chance", dist.Beta(2.0, 3.0))
         with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Poisson(rate), obs=y)
+            pyro.sample("y", dist.Bernoulli(chance), obs=y)
 
     guide = Laplace(model)
     fit(model, y, guide=guide, method=svi(lr=5e-2, steps=500, schedule="cosine"), progress=False)
-    a, b = 2 + y.sum(), 1 + len(y)
-    assert guide.center.item() == pytest.approx(float(torch.log(a / b)), abs=1e-3)
-    assert guide.covariance_factor.item() == pytest.approx(float(a) ** -0.5, rel=1e-3)
+    a, b = 2 + 3.0, 3 + 1.0
+    p = a / (a + b)
+    assert guide.center.item() == pytest.approx(math.log(a / b), abs=1e-3)
+    assert guide.covariance_factor.item() == pytest.approx(((a + b) * p * (1 - p)) ** -0.5, rel=1e-3)
 
 
 def test_laplace_says_where_there_is_no_mode() -> None:

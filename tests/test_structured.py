@@ -101,7 +101,7 @@ def test_a_guide_of_two_layers_reaches_the_posterior(kind) -> None:
     guide = {
         # the potential of z1 is the likelihood's and the prior does the rest; z2's is what x says of it
         "structured": lambda: Structured(model, linear(), {"z2": FullRank(12, 2), "z1": FullRank(12, 3)}),
-        "top_down": lambda: TopDown((linear(), FullRank(14, 3)), (nn.Linear(12, 12), FullRank(12, 2))),
+        "top_down": lambda: TopDown((linear(), FullRank(14, 3)), (nn.Linear(12, 10), FullRank(10, 2))),
         "chained": lambda: Amortized(linear(), {"z2": FullRank(12, 2), "z1": FullRank(14, 3)}, chained=True),
     }[kind]()
     method = svi(lr=2e-2, steps=800, schedule="cosine", loss=importance(elbo, 4))

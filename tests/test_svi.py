@@ -338,7 +338,7 @@ def test_a_richer_guide_closes_the_gap_that_a_mean_field_guide_must_leave():
     assert abs(gaps[1]) < 0.05
 
 
-@pytest.mark.parametrize("which", ["lasting", "own", "network"])
+@pytest.mark.parametrize("which", ["lasting", "own", "network", "own and network"])
 def test_tensors_outside_every_module_are_refused_unless_a_run_makes_them(which):
     """Noise that a run differentiates is a leaf too, but nothing to be trained."""
     lasting = torch.zeros(3, requires_grad=True)
@@ -348,6 +348,7 @@ def test_tensors_outside_every_module_are_refused_unless_a_run_makes_them(which)
             "lasting": lambda: lasting,
             "own": lambda: torch.randn(3).requires_grad_(),
             "network": lambda: torch.nn.Linear(1, 3).bias,
+            "own and network": lambda: torch.nn.Linear(1, 3).bias + torch.randn(3).requires_grad_(),
         }[which]()
         u = pyro.sample("u", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         with pyro.plate("data", len(y)):

@@ -35,8 +35,8 @@ ENTRIES = 500
 BUDGET = 2**32
 """Elements of the largest site, over all particles, that a joint check may take."""
 RICHER = (
-    "use a richer guide (full rank, a mixture or a flow), train it with more particles (importance(iwae, 10)) or for "
-    "longer, or sample with nuts"
+    "use a richer guide (the head FullRank, Mixture or Flow in Amortized or Shared), train it with more particles "
+    "(importance(iwae, 10)) or for longer, or sample with nuts"
 )
 
 T = TypeVar("T")
@@ -301,7 +301,10 @@ def _worth(found: Findings, share: float, gap: float, *, given: str = "", joint:
     if gap <= 0.5:
         found.add(GOOD, f"{text}: the draws can be used as they are.")
     else:
-        cure = "weigh them (sample_stats of to_arviz has log_weight), or use a richer guide"
+        cure = (
+            "weigh them (sample_stats of to_arviz has log_weight), resample them (posterior.with_guide("
+            "ImportanceWeighted(posterior.model, posterior.guide))), or use a richer guide"
+        )
         found.add(USABLE, f"{text}, over 0.5, so the draws differ from the posterior's as they are: {cure}.")
     text = f"{'Jointly weighted' if joint else 'Weighted'}, the draws are worth {share:.1%} of as many of the posterior"
     text += given

@@ -3,10 +3,12 @@
 from .aggregate import aggregate, info_vae, wasserstein
 from .importance import importance, piwae
 from .kl import annealed, autogen, capacity, free_bits, soft_free_bits, total_correlation
+from .moments import aggregate_moments
 from .wake_sleep import wake_sleep
 
 __all__ = [
     "aggregate",
+    "aggregate_moments",
     "annealed",
     "autogen",
     "capacity",

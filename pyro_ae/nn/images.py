@@ -54,6 +54,7 @@ class Convolutional(nn.Module):
     ) -> None:
         super().__init__()
         self.input_shape = image_shape(inputs)
+        self.event_dims = len(self.input_shape)
         self.missing = missing
         *maps, height, width = self.input_shape
         smallest = _halved(height, width, channels)[-1]
@@ -104,7 +105,7 @@ class ConvolutionalDecoder(nn.Module):
         self, latent: int, channels: Sequence[int], outputs: Sequence[int], *, activation: Activation = nn.ReLU
     ) -> None:
         super().__init__()
-        self.latent, self.output_shape = latent, image_shape(outputs)
+        self.latent, self.output_shape, self.event_dims = latent, image_shape(outputs), 1
         *maps, height, width = self.output_shape
         sizes = _halved(height, width, channels)[::-1]
         first = (channels[0], *sizes[0])

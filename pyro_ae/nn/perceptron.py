@@ -39,6 +39,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.input_shape = torch.Size([inputs] if isinstance(inputs, int) else inputs)
+        self.event_dims = len(self.input_shape)
         sizes = [self.input_shape.numel() * (2 if missing else 1), *hidden]
         layers: list[nn.Module] = []
         for before, after in zip(sizes[:-1], sizes[1:], strict=True):

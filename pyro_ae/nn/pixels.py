@@ -94,6 +94,7 @@ class PixelCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.input_shape, self.channels = image_shape(inputs), channels
+        self.event_dims = None  # an image's and a context's differ, and there may be either number of inputs
         size, maps = self.input_shape[-2:], math.prod(self.input_shape[:-2])
         self.output_shape = self.input_shape if outputs is None else torch.Size([outputs, *size])
         self.context_shape = torch.Size([channels, *size])

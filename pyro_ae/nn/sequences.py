@@ -41,7 +41,7 @@ class Recurrent(nn.Module):
         self, inputs: int, hidden: int, *, layers: int = 1, states: bool = False, missing: bool = False
     ) -> None:
         super().__init__()
-        self.inputs, self.states, self.missing = inputs, states, missing
+        self.inputs, self.states, self.missing, self.event_dims = inputs, states, missing, 2
         first = inputs * (2 if missing else 1)
         self.layers = nn.ModuleList(_GRU(hidden if i else first, hidden) for i in range(layers))
 
@@ -79,7 +79,7 @@ class RecurrentDecoder(nn.Module):
 
     def __init__(self, latent: int, hidden: int, outputs: tuple[int, int], *, layers: int = 1) -> None:
         super().__init__()
-        self.latent = latent
+        self.latent, self.event_dims = latent, 1
         self.steps, size = outputs
         self.start = nn.Linear(latent, hidden)
         self.layers = nn.ModuleList(_GRU(hidden if i else latent, hidden) for i in range(layers))
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
         missing: bool = False,
     ) -> None:
         super().__init__()
-        self.inputs, self.width, self.states, self.missing = inputs, width, states, missing
+        self.inputs, self.width, self.states, self.missing, self.event_dims = inputs, width, states, missing, 2
         self.tokens = nn.Linear(inputs * (2 if missing else 1), width)
         self.pool = nn.Parameter(0.02 * torch.randn(1, width))
         self.positions = None if steps is None else nn.Parameter(0.02 * torch.randn(steps, width))
@@ -218,7 +218,7 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, latent: int, width: int, outputs: tuple[int, int], *, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
-        self.latent = latent
+        self.latent, self.event_dims = latent, 1
         steps, size = outputs
         self.code = nn.Linear(latent, width)
         self.positions = nn.Parameter(0.02 * torch.randn(steps, width))

@@ -62,8 +62,7 @@ from torch.nn.functional import conv2d, unfold
 from pyro_ae import Posterior, datasets, fit, importance, svi
 from pyro_ae.divergences import adversarial, energy_distance, sliced_wasserstein
 from pyro_ae.estimators import analytic_kl
-from pyro_ae.losses import annealed
-from pyro_ae.losses.moments import aggregate_moments
+from pyro_ae.losses import aggregate_moments, annealed
 from pyro_ae.nn import MLP, Residual, ResidualDecoder
 from pyro_ae.runtime import seeded
 from pyro_ae.types import Guide, Loss, Model, Sides
