@@ -351,7 +351,7 @@ def _event_dims(module: nn.Module) -> int | None:
     """How many dims one input has, by the first layer that is not element-wise; None where that cannot be told."""
     for m in module.modules():
         if hasattr(m, "event_dims"):  # as our own networks have, and what folds their leading dims
-            return m.event_dims
+            return m.event_dims  # type: ignore[return-value]
         if isinstance(m, (nn.Linear, nn.Embedding)):
             return int(isinstance(m, nn.Linear))
         if isinstance(m, _ConvNd):

@@ -190,7 +190,8 @@ def test_point_is_no_posterior() -> None:
 def test_weights_that_are_not_finite() -> None:
     def model(y: Tensor) -> None:
         with batch_plate(y):
-            z = pyro.sample("z", dist.HalfNormal(1.0))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("wall", torch.where(z > 0, 0.0, -torch.inf))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     def guide(y: Tensor) -> None:
