@@ -105,19 +105,19 @@ def regression_posterior(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return covariance @ x.T @ y / NOISE**2, covariance
 
 
-def banana(x: Tensor | None = None, *, size: int = 1) -> None:
+def banana(x: Tensor | None = None, *, size: int = 1) -> Tensor:
     """A latent of two dims whose posterior is bent: only z2 + z1^2 is seen, with noise."""
     with batch_plate(x, size):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        observe("x", dist.Normal((z[..., 1] + z[..., 0] ** 2).unsqueeze(-1), 0.4).to_event(1), x)
+        return observe("x", dist.Normal((z[..., 1] + z[..., 0] ** 2).unsqueeze(-1), 0.4).to_event(1), x)
 
 
-def moons(x: Tensor | None = None, *, size: int = 1) -> None:
+def moons(x: Tensor | None = None, *, size: int = 1) -> Tensor:
     """A latent of two dims whose posterior is two crescents: its distance from the origin is seen, and roughly |z1|."""
     with batch_plate(x, size):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         loc = torch.stack([z.norm(dim=-1), z[..., 0].abs()], -1)
-        observe("x", dist.Normal(loc, torch.tensor([0.15, 0.4])).to_event(1), x)
+        return observe("x", dist.Normal(loc, torch.tensor([0.15, 0.4])).to_event(1), x)
 
 
 def on_a_grid(model, x: Tensor) -> Tensor:

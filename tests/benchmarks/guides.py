@@ -54,16 +54,10 @@ def posteriors(seed: int) -> dict[str, tuple[Any, Tensor, Tensor]]:
     """Model, rows and the rows' evidence."""
     torch.manual_seed(seed)
     linear, x = ppca(rows=200)
-    found = {"PPCA": (linear, x, linear.marginal().log_prob(x))}
+    found: dict[str, tuple[Any, Tensor, Tensor]] = {"PPCA": (linear, x, linear.marginal().log_prob(x))}
     for name, model in {"banana": banana, "moons": moons}.items():
         with torch.no_grad():
-            z = torch.randn(200, 2)
-            clean = {
-                "banana": (z[:, 1] + z[:, 0] ** 2).unsqueeze(-1),
-                "moons": torch.stack([z.norm(dim=-1), z[:, 0].abs()], -1),
-            }[name]
-            noise = {"banana": torch.tensor([0.4]), "moons": torch.tensor([0.15, 0.4])}[name]
-            x = clean + noise * torch.randn_like(clean)
+            x = model(size=200)
         found[name] = (model, x, on_a_grid(model, x))
     return found
 
