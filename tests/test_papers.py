@@ -1,16 +1,13 @@
 """Every paper's file: what it documents, and that its claims hold at small scale; and what some are made of."""
 
-import pyro.distributions as dist
 import pytest
 import torch
 from pandas import DataFrame
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from truth import ladder
 
 from pyro_ae import fit, svi
 from pyro_ae.guides.bottom_up import BottomUp
 from pyro_ae.guides.mean_field import MeanField
-from pyro_ae.models.deep_vae import DeepVAE
 from pyro_ae.nn import MLP
 from pyro_ae.reproduce import load, names, paragraphs, reproduce
 
@@ -60,31 +57,10 @@ def test_claims_about_the_iwae_fit_the_papers_numbers_and_not_the_reverse() -> N
     assert [claim for claim, check in paper.CLAIMS.items() if check(swapped)] == []
 
 
-class Linear(nn.Module):
-    """A linear map with normal noise."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.map = nn.Linear(inputs, outputs)
-
-    def forward(self, z: Tensor) -> Distribution:
-        return dist.Normal(self.map(z), 0.7).to_event(1)
-
-
 @pytest.mark.parametrize("missing", [False, True])
 def test_two_layers_of_linear_normals_have_their_evidence(missing: bool) -> None:
     """DeepVAE and BottomUp against the closed form."""
-    top, bottom = Linear(2, 3), Linear(3, 5)
-    model = DeepVAE(bottom.map, top, latent=2, likelihood=lambda mean: dist.Normal(mean, 0.5).to_event(1))
-    model.requires_grad_(False)
-    w2, w1 = top.map.weight, bottom.map.weight
-    mean = bottom.map(top.map.bias)
-    covariance = w1 @ (w2 @ w2.T + 0.49 * torch.eye(3)) @ w1.T + 0.25 * torch.eye(5)
-    x = model(size=100)
-    seen = [0, 2, 3, 4] if missing else [0, 1, 2, 3, 4]
-    exact = torch.distributions.MultivariateNormal(mean[seen], covariance[seen][:, seen]).log_prob(x[:, seen])
-    if missing:
-        x[:, 1] = torch.nan
+    model, x, exact = ladder(missing)
     guide = BottomUp((MLP(5, [16], missing=missing), MeanField(16, 3)), (MLP(3, [16]), MeanField(16, 2)))
     posterior = fit(model, x, guide=guide, method=svi(lr=1e-2, steps=500), seed=0, progress=False)
     torch.testing.assert_close(posterior.log_evidence(x, 3000), exact, atol=0.2, rtol=0)

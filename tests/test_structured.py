@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
+from truth import ladder
 
 from pyro_ae import batch_plate, elbo, fit, importance, iwae, log_weights, svi
 from pyro_ae.conjugate import product
@@ -17,13 +18,7 @@ from pyro_ae.guides.shared import Shared
 from pyro_ae.guides.structured import Structured
 from pyro_ae.guides.together import Together
 from pyro_ae.guides.top_down import TopDown
-from pyro_ae.models.deep_vae import DeepVAE
 from pyro_ae.nn import MLP
-
-
-def amortized(features: int = 5, latent: int = 2) -> Amortized:
-    return Amortized(MLP(features, [8]), MeanField(8, latent))
-
 
 GRID = torch.linspace(-12, 12, 4001)
 
@@ -68,28 +63,6 @@ def test_products_that_are_not_known_are_refused() -> None:
         product(dist.Gamma(1.0, 1.0), dist.Normal(0.0, 1.0))
     with pytest.raises(ValueError, match=r"event shape \(2,\) and its potential \(3,\)"):
         product(dist.Normal(torch.zeros(2), 1.0).to_event(1), dist.Normal(torch.zeros(3), 1.0).to_event(1))
-
-
-class Linear(nn.Module):
-    """A linear map with normal noise."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.map = nn.Linear(inputs, outputs)
-
-    def forward(self, z: Tensor) -> dist.Distribution:
-        return dist.Normal(self.map(z), 0.7).to_event(1)
-
-
-def ladder() -> tuple[DeepVAE, Tensor, Tensor]:
-    """Two layers of linear normals, their rows and the rows' evidence."""
-    top, bottom = Linear(2, 3), Linear(3, 5)
-    model = DeepVAE(bottom.map, top, latent=2, likelihood=lambda mean: dist.Normal(mean, 0.5).to_event(1))
-    model.requires_grad_(False)
-    w2, w1 = top.map.weight, bottom.map.weight
-    covariance = w1 @ (w2 @ w2.T + 0.49 * torch.eye(3)) @ w1.T + 0.25 * torch.eye(5)
-    x = model(size=100)
-    return model, x, dist.MultivariateNormal(bottom.map(top.map.bias), covariance).log_prob(x)
 
 
 @pytest.mark.parametrize("kind", ["structured", "top_down", "chained"])

@@ -3,10 +3,12 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_ae import batch_plate, observe
 from pyro_ae.density import log_joint
+from pyro_ae.models.deep_vae import DeepVAE
 from pyro_ae.models.ppca import PPCA
 
 
@@ -79,6 +81,33 @@ def stubborn(model: PPCA):
             pyro.sample("x", dist.Normal(loc, model.log_noise.exp()).to_event(1), obs=x)
 
     return one_by_one
+
+
+class Linear(nn.Module):
+    """A linear map with normal noise."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(inputs, outputs)
+
+    def forward(self, z: Tensor) -> Distribution:
+        return dist.Normal(self.map(z), 0.7).to_event(1)
+
+
+def ladder(missing: bool = False) -> tuple[DeepVAE, Tensor, Tensor]:
+    """Two layers of linear normals with nothing to be trained, 100 rows, and the rows' evidence."""
+    top, bottom = Linear(2, 3), Linear(3, 5)
+    model = DeepVAE(bottom.map, top, latent=2, likelihood=lambda mean: dist.Normal(mean, 0.5).to_event(1))
+    model.requires_grad_(False)
+    w2, w1 = top.map.weight, bottom.map.weight
+    mean = bottom.map(top.map.bias)
+    covariance = w1 @ (w2 @ w2.T + 0.49 * torch.eye(3)) @ w1.T + 0.25 * torch.eye(5)
+    x = model(size=100)
+    seen = [0, 2, 3, 4] if missing else [0, 1, 2, 3, 4]
+    evidence = torch.distributions.MultivariateNormal(mean[seen], covariance[seen][:, seen]).log_prob(x[:, seen])
+    if missing:
+        x[:, 1] = torch.nan
+    return model, x, evidence
 
 
 NOISE = 0.8
