@@ -51,7 +51,7 @@ class SemiAmortized(nn.Module):
         guide: Amortized,
         *,
         steps: int = 10,
-        lr: float = 0.1,
+        lr: float = 0.02,
         particles: int = 1,
         clip: float = 5.0,
     ) -> None:
@@ -89,7 +89,7 @@ class SemiAmortized(nn.Module):
     def _gradient(self, parameters: Tensor, x: Tensor, batch: Call, through: bool) -> Tensor:
         """Of each row's ELBO by its parameters ``[B, p]``, by the draws alone: without noise where q is exact."""
         guide, head = self.guide, self.guide.head
-        moved = parameters.clone().requires_grad_()  # what the draws come from; their density is by the parameters, which stay
+        moved = parameters.clone().requires_grad_()  # the draws come from it, and their density from what it copies
 
         def local(*args: Any, **kwargs: Any) -> None:
             with batch_plate(x, name=guide.plate):
