@@ -21,7 +21,8 @@ class Structured(Amortized):
 
     The model is run as far as its last latent of a row, and each latent with a potential is drawn from the product of
     its prior and that potential. So a prior that is learnt or depends on other latents is met by the guide at once, and
-    a ladder of latents is drawn from the top, precision-weighted. What has no potential needs ``shared``.
+    a ladder of latents is drawn from the top, precision-weighted. What has no potential needs ``shared``. A potential
+    that became flat has hardly a gradient back: where likelihoods are sharp, begin with narrow ones.
 
     References:
         Composing Graphical Models with Neural Networks for Structured Representations and Fast Inference
