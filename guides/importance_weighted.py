@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ae.data import Call
-from pyro_ae.density import weigh
+from pyro_ae.density import Pass, weigh
+from pyro_ae.particles import part_sizes
 from pyro_ae.plates import Plates, isolated, running_particles
 from pyro_ae.sites import Layout, inspect_sites
-from pyro_ae.types import Guide, Model
+from pyro_ae.types import Draws, Guide, Model
 
 
 class ImportanceWeighted(nn.Module):
@@ -38,8 +39,8 @@ class ImportanceWeighted(nn.Module):
         particles: K, at least 2.
 
     Raises:
-        ValueError: for fewer than two particles; when called, for latents without a reparameterised sampler where
-            gradients are wanted, and for minibatches where a latent ties the rows together.
+        ValueError: for fewer than two particles; when trained, for latents without a reparameterised sampler, and for
+            minibatches where a latent ties the rows together.
     """
 
     def __init__(self, model: Model, guide: Guide, particles: int = 50) -> None:
@@ -52,41 +53,53 @@ class ImportanceWeighted(nn.Module):
         self._layout: Layout | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        outer = running_particles()
-        copies = outer or 1
+        outer, batch = running_particles(), Call(args, kwargs)
         with isolated():
-            batch = Call(args, kwargs)
-            self._layout = self._layout or inspect_sites(self._model[0], self.guide, batch)
-            weights = weigh(self._model[0], self.guide, batch, copies * self.particles, layout=self._layout)
-        run = weights.passes[0]
-        split = (copies, self.particles)
+            layout = self._layout = self._layout or inspect_sites(self._model[0], self.guide, batch)
+            whole = torch.is_grad_enabled()  # else as many at once as fit into memory
+            sizes = [outer or 1] if whole else part_sizes(outer or 1, elements=self.particles * self._largest(batch))
+            parts = [self._resample(batch, k, layout) for k in sizes]
+        run, plates = parts[0][2], Plates()
+        for site in (s for s in run.latents if s["name"] in parts[0][0]):
+            value = torch.cat([values[site["name"]] for values, _, _ in parts])
+            if outer is None:  # no dims for particles then
+                value = value.reshape(value.shape[value.dim() - len(layout.guide[site["name"]].shape) :])
+            fn = dist.Delta(value, event_dim=site["fn"].event_dim)
+            with plates.entered(site["cond_indep_stack"]):
+                pyro.sample(site["name"], fn, infer={"estimated": True, "weighed": True})
+        dims = {f.dim: f.size for f in run.plates}
+        shape = [dims.get(d, 1) for d in range(min(dims, default=0), 0)]
+        if outer is not None:
+            shape = [outer, *(1,) * (run.nesting - len(shape)), *shape]
+        with plates.entered(run.plates):
+            log_q = torch.cat([log_q for _, log_q, _ in parts])
+            pyro.factor("_resampled", log_q.reshape(shape), has_rsample=True)
+
+    def _largest(self, batch: Call) -> int:
+        """Elements of the largest site with this batch."""
+        with torch.random.fork_rng(devices=()):
+            now = inspect_sites(self._model[0], self.guide, batch)
+        return max(s.shape.numel() for s in (*now.model.values(), *now.guide.values()))
+
+    def _resample(self, batch: Call, copies: int, layout: Layout) -> tuple[Draws, Tensor, Pass]:
+        """Of K draws for each copy one, ``[copies, ...]``, its density, and the run that they came from."""
+        weights = weigh(self._model[0], self.guide, batch, copies * self.particles, layout=layout)
+        run, split = weights.passes[0], (copies, self.particles)
         log_w = weights.log_weights.unflatten(0, split)
         log_p = weights.gather(lambda p: p.log_p).unflatten(0, split)
         chosen = dist.Categorical(logits=log_w.detach().movedim(1, -1)).sample().unsqueeze(1)
         log_q = log_p.take_along_dim(chosen, 1).squeeze(1) - log_w.logsumexp(1) + math.log(self.particles)
-        index = chosen.expand(log_w.shape).flatten(0, 1)
-        plates = Plates()
-        own = {n for n, s in self._layout.model.items() if s.kind == "latent"}
-        for site in (s for s in run.latents if s["name"] in own):
-            name, event_dim = site["name"], site["fn"].event_dim
+        index, values = chosen.expand(log_w.shape).flatten(0, 1), {}
+        for site in (s for s in run.latents if s["name"] in layout.names("latent")):
             if torch.is_grad_enabled() and not site["fn"].has_rsample:
                 raise ValueError(
-                    f"the guide's site '{name}' has no reparameterised sampler, so the weights have no gradient for "
-                    "it: train that guide by importance(iwae, ..., score_function()), and resample afterwards"
+                    f"the guide's site '{site['name']}' has no reparameterised sampler, so weights have no gradient: "
+                    "train that guide by importance(iwae, ..., score_function()), and resample then"
                 )
-            drawn = weights.values(name).unflatten(0, split)
             at = weights.align(index, site).unflatten(0, split)[:, :1]
-            value = drawn.take_along_dim(at, 1).squeeze(1)
-            if outer is None:  # no dims for particles then
-                value = value.reshape(value.shape[value.dim() - len(self._layout.guide[name].shape) :])
-            with plates.entered(site["cond_indep_stack"]):
-                pyro.sample(name, dist.Delta(value, event_dim=event_dim), infer={"estimated": True, "weighed": True})
-        dims = {f.dim: f.size for f in run.plates}
-        shape = [dims.get(d, 1) for d in range(min(dims, default=0), 0)]
-        if outer is not None:
-            shape = [copies, *(1,) * (run.nesting - len(shape)), *shape]
-        with plates.entered(run.plates):
-            pyro.factor("_resampled", log_q.reshape(shape), has_rsample=True)
+            drawn = weights.values(site["name"]).unflatten(0, split)
+            values[site["name"]] = drawn.take_along_dim(at, 1).squeeze(1)
+        return values, log_q, run
 
 
 def example() -> tuple[Any, ImportanceWeighted, Tensor]:
