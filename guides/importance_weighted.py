@@ -56,7 +56,7 @@ class ImportanceWeighted(nn.Module):
         outer, batch = running_particles(), Call(args, kwargs)
         with isolated():
             layout = self._layout = self._layout or inspect_sites(self._model[0], self.guide, batch)
-            whole = torch.is_grad_enabled()  # else as many at once as fit into memory
+            whole = outer is None or torch.is_grad_enabled()  # else as many at once as fit into memory
             sizes = [outer or 1] if whole else part_sizes(outer or 1, elements=self.particles * self._largest(batch))
             parts = [self._resample(batch, k, layout) for k in sizes]
         run, plates = parts[0][2], Plates()

@@ -230,7 +230,7 @@ def weigh(model: Model, guide: Guide, batch: Any, particles: int, *, layout: Lay
         weights = Weights([Pass(model, guide, batch, 1, layout.nesting, enumerate) for _ in range(particles)])
     else:
         weights = Weights([Pass(model, guide, batch, particles, layout.nesting, enumerate)])
-    if any(s["infer"].get("weighed") for s in weights.passes[0].latents):
+    if any((s["infer"] or {}).get("weighed") for s in weights.passes[0].latents):
         refuse_shared(weights, "a guide that weighs its draws by the model")
     return weights
 
