@@ -302,8 +302,8 @@ def _worth(found: Findings, share: float, gap: float, *, given: str = "", joint:
         found.add(GOOD, f"{text}: the draws can be used as they are.")
     else:
         cure = (
-            "weigh them (sample_stats of to_arviz has log_weight), resample them (posterior.with_guide("
-            "ImportanceWeighted(posterior.model, posterior.guide))), or use a richer guide"
+            "weigh them (sample_stats of to_arviz has log_weight), resample them (the guide ImportanceWeighted, in "
+            "posterior.with_guide), or use a richer guide"
         )
         found.add(USABLE, f"{text}, over 0.5, so the draws differ from the posterior's as they are: {cure}.")
     text = f"{'Jointly weighted' if joint else 'Weighted'}, the draws are worth {share:.1%} of as many of the posterior"

@@ -25,6 +25,7 @@ h1 { font-size: 1.8rem; line-height: 1.2; margin: 0.5rem 0 1rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 0.5rem; }
 p, ul, ol, table, pre, figure { margin: 0.75rem 0; }
 a { color: var(--link); overflow-wrap: anywhere; }
+li { overflow-wrap: anywhere; }
 pre, .verdict, table { background: var(--card); border-radius: 8px; }
 pre { padding: 0.8rem 1rem; overflow-x: auto; font: 0.85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 code { font: 0.9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
