@@ -19,11 +19,13 @@ from .losses import importance
 from .lowering.density import to_jax
 from .plates import batch_plate
 from .posterior import Posterior
+from .types import PosteriorWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Posterior",
+    "PosteriorWarning",
     "batch_plate",
     "bayesian",
     "cite",

@@ -53,6 +53,7 @@ def fit(
     validation: Any = None,
     callbacks: Iterable[Callable[[Event], Any]] = (),
     checkpoint: str | Path | None = None,
+    check: bool = True,
 ) -> Posterior:
     """Fit a Pyro model to data by any method, and get its posterior.
 
@@ -79,6 +80,8 @@ def fit(
         callbacks: functions of an ``Event``, called after each evaluation; one that returns True ends the fit.
         checkpoint: folder that a sampler by stochastic gradients writes its state and draws to; a fit with the same
             settings goes on from there, to the same draws as if it had never stopped.
+        check: whether to look at the posterior, for about a second, and warn (``PosteriorWarning``) where it is poor.
+            Python's filters of warnings silence that as well, and spare the look.
 
     Raises:
         ValueError: for a mistake in the model, the guide or the data; it names the site and the cure.
@@ -122,7 +125,12 @@ def fit(
             callbacks=tuple(callbacks),
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
-        return engine(model, guide, run)
+        posterior = engine(model, guide, run)
+    if check:
+        from .diagnostics.after_fit import warn_if_poor
+
+        warn_if_poor(posterior)
+    return posterior
 
 
 def _engine(method: str | Engine) -> Engine:

@@ -123,6 +123,7 @@ def run(
             device=device,
             seed=seed,
             progress=progress,
+            check=False,  # the report, below, looks closer
         )
         if posterior.interrupted:
             print("Interrupted: what follows is about the best state so far.", flush=True)

@@ -16,10 +16,13 @@ import importlib
 import inspect
 import pkgutil
 import time
+import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from .types import PosteriorWarning
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -149,7 +152,9 @@ def reproduce(name: str, scale: str = "small", seed: int = 0, progress: bool = F
         known = f"{', '.join(most)} and {last}" if most else last
         raise ValueError(f"{name} has no scale {scale!r}; it has {known}")
     start = time.perf_counter()
-    table = paper.run(scale, seed, progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PosteriorWarning)  # what a paper compares may well be poor
+        table = paper.run(scale, seed, progress)
     seconds = time.perf_counter() - start
     printed = DataFrame(paper.PAPER)
     shared = [column for column in table if column in printed]

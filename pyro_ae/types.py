@@ -44,6 +44,10 @@ Draws: TypeAlias = Mapping[str, Tensor]
 """Site name to values, draws first."""
 
 
+class PosteriorWarning(UserWarning):
+    """A posterior came out of a fit that is not to be trusted."""
+
+
 class Engine(Protocol):
     """A configured way to get a posterior, such as ``svi(lr=1e-3)`` or ``nuts(draws=500)``."""
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 import pyro_ae
 from pyro_ae import Posterior, datasets, quickstart
 from pyro_ae.cli import main
-from pyro_ae.diagnostics import page, plots
+from pyro_ae.diagnostics import page
 from pyro_ae.engines import svi
 
 Output = pytest.CaptureFixture[str]
@@ -320,83 +319,3 @@ def test_page_sets_code_and_links() -> None:
     text = page.listing(["see `a < b` at https://example.org/a?b=1&c=2"])
     assert "<code>a &lt; b</code>" in text
     assert '<a href="https://example.org/a?b=1&amp;c=2">https://example.org/a?b=1&amp;c=2</a>' in text
-
-
-# --------------------------------------------------------------------------------------------- figures
-
-HISTORY = {
-    "step": [11.0, 22.0, 33.0],
-    "epoch": [1.0, 2.0, 3.0],
-    "loss": [300.0, 120.0, 100.0],
-    "validation": [290.0, 125.0, 110.0],
-    "log p(z)": [-20.0, -22.0, -23.0],
-    "log p(x)": [-280.0, -100.0, -80.0],
-    "log q(z)": [-10.0, 1.0, 5.0],
-}
-
-FIGURES = {
-    "latent_space": lambda: plots.latent_space(torch.randn(30, 5), torch.arange(30) % 10),
-    "latent_space, 2 dims, no labels": lambda: plots.latent_space(torch.randn(30, 2)),
-    "latent_space, 1 dim, names": lambda: plots.latent_space(torch.randn(30, 1), ["cat", "dog", "cow"] * 10),
-    "latent_space, all codes the same": lambda: plots.latent_space(torch.ones(30, 4)),
-    "history": lambda: plots.history(HISTORY),
-    "history without rows or validation": lambda: plots.history({"step": [1, 2], "loss": [2, 1]}, unit="nats"),
-    "history of one evaluation": lambda: plots.history({name: values[:1] for name, values in HISTORY.items()}),
-    "pareto_k": lambda: plots.pareto_k(torch.tensor([0.1, 0.69, 0.71, -0.3])),
-    "pareto_k, far off": lambda: plots.pareto_k([40.0, -torch.inf, torch.nan, torch.inf]),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_figures_have_labelled_axes(name: str, tmp_path: Path) -> None:
-    figure = FIGURES[name]()
-    assert isinstance(figure, Figure)
-    figure.savefig(tmp_path / "figure.png")
-    last = figure.axes[-1]
-    assert last.get_xlabel()
-    for axes in figure.axes:
-        assert axes.get_ylabel() or "1 dim" in name
-        assert axes.get_title(loc="left")
-        sizes = [t.get_fontsize() for t in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels())]
-        assert min(sizes) >= 11
-    if "history" in name:
-        assert "nats" in figure.axes[0].get_ylabel()
-
-
-def test_images_are_shown_pixel_by_pixel() -> None:
-    x = torch.rand(13, 8, 6)
-    figure = plots.images(x, 1 - x, names=["image", "rebuilt"], columns=5)
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["image", "rebuilt"] * 3
-    (image,) = axes.get_images()
-    assert image.get_interpolation() == "nearest"
-    shown = torch.as_tensor(image.get_array().filled(-1.0))  # type: ignore[union-attr]
-    torch.testing.assert_close(shown[:8, :6].float(), x[0])
-    torch.testing.assert_close(shown[9:17, 7:13].float(), 1 - x[1])
-    box = axes.get_position()  # pixels are squares
-    width, height = figure.get_size_inches()
-    assert box.width * width / shown.shape[1] == pytest.approx(box.height * height / shown.shape[0])
-
-
-def test_pyplot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    for make in FIGURES.values():
-        page.picture(make(), "a figure")
-    assert "matplotlib.pyplot" not in sys.modules
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: plots.images(torch.rand(3, 8)), "got [3, 8]"),
-        (lambda: plots.images(torch.rand(3, 8, 8), torch.rand(4, 8, 8)), "all of one shape"),
-        (lambda: plots.images(torch.rand(3, 8, 8), names=["a", "b"]), "1 bands, got 2"),
-        (lambda: plots.latent_space(torch.rand(3)), "got [3]"),
-        (lambda: plots.latent_space(torch.rand(3, 2), [1, 2]), "got [2]"),
-        (lambda: plots.history({}), "it has nothing"),
-        (lambda: plots.pareto_k([]), "no k-hat"),
-    ],
-)
-def test_figures_refuse_what_they_cannot_show(make: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(words)):
-        make()

@@ -358,7 +358,7 @@ def _exact(model, x):
 
 def test_public_names():
     expected = (
-        "Posterior batch_plate bayesian cite elbo ensemble entropy_sghmc feynman_kac fit hmc importance "
+        "Posterior PosteriorWarning batch_plate bayesian cite elbo ensemble entropy_sghmc feynman_kac fit hmc importance "
         "iwae laplace log_weights map_ match_prior nuts observe sghmc sgld sgnht svi "
         "swag to_jax"
     )

@@ -2,6 +2,7 @@
 
 import math
 
+import arviz
 import pyro.distributions as dist
 import pytest
 import torch
@@ -64,7 +65,6 @@ def test_pareto_k_refuses_few_draws_and_leaves_its_argument() -> None:
 
 @pytest.mark.parametrize("draws", [50, 200, 1000, 5000])
 def test_pareto_k_is_that_of_arviz(draws: int) -> None:
-    arviz = pytest.importorskip("arviz", reason="ArviZ gives the reference")
     if "psislw" not in vars(arviz):
         pytest.skip("this ArviZ has no psislw")
     light = 3 * torch.rand(40) * torch.randn(draws, 40)

@@ -7,10 +7,9 @@ import io
 import re
 from collections.abc import Iterable, Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+import numpy as np
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --back: #ffffff; --card: #f3f5f7; --line: #d5dae0;
@@ -147,16 +146,21 @@ def verdict(word: str, reasons: Iterable[str], *, on: str = "Verdict") -> str:
     return f'<div class="verdict {kind}"><strong>{escape(on)}: {escape(word)}</strong>\n{listing(reasons)}\n</div>'
 
 
-def picture(figure: Figure, caption: str, *, alt: str = "") -> str:
-    """A figure as an image inside the page.
+def picture(drawn: Any, caption: str, *, alt: str = "") -> str:
+    """A figure as an image inside the page; it is closed then.
 
     Arguments:
-        figure: of Matplotlib.
+        drawn: axes of Matplotlib, an array of them, or their figure.
         caption: under it, as plain text.
         alt: for who cannot see it; the caption by default.
     """
+    from matplotlib import pyplot
+
+    first = next(iter(np.ravel(drawn)))
+    figure = getattr(first, "figure", first)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200)  # twice what a screen shows, for sharp text
+    pyplot.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     size = round(figure.get_figwidth() * 96)
     return (

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import html
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..program import validation
-from .checks import GOOD, USABLE, Findings, check_chains, check_guide
+from . import page, plots
+from .chain_checks import ENTRIES, check_chains
+from .findings import USABLE, Findings, Picture
+from .guide_checks import check_guide
 from .importance import FEWEST
 
 if TYPE_CHECKING:
@@ -18,6 +24,36 @@ if TYPE_CHECKING:
 
 Verdict = Literal["good", "usable", "poor"]
 LEVELS: tuple[Verdict, ...] = ("good", "usable", "poor")
+
+MEANING = {
+    "chains": "chains",
+    "draws": "draws of each chain",
+    "entries": "numbers whose mixing was judged",
+    "r_hat": "largest R-hat (1 where chains agree)",
+    "ess_bulk": "smallest effective sample size of the bulk",
+    "ess_tail": "smallest effective sample size of the tails",
+    "mcse_mean_in_sd": "largest standard error of a posterior mean, in posterior sds",
+    "divergences": "draws that diverged",
+    "e_bfmi": "E-BFMI of the worst chain (at least 0.3)",
+    "tree_depth_saturated": "share of trajectories cut off",
+    "rows": "rows that were looked at",
+    "particles": "draws of the guide for each",
+    "k_hat_median": "median Pareto k-hat of a row (at most 0.5)",
+    "k_hat_above_0.7": "share of rows with k-hat above 0.7",
+    "ess_share": "what a weighted draw is worth, median over rows",
+    "elbo": "ELBO of a row (nats)",
+    "iwae": "importance-weighted bound of a row (nats)",
+    "gap": "gap between the two (nats)",
+    "joint_particles": "draws of all latents together",
+    "joint_k_hat": "Pareto k-hat of all latents together",
+    "joint_ess_share": "what a jointly weighted draw is worth",
+    "joint_gap": "gap from ELBO to IWAE, all latents together (nats)",
+    "units": "dims of the latents of a row",
+    "active_units": "dims that move with the rows",
+    "kl": "KL of a row's posterior to the prior (nats)",
+    "mutual_information": "mutual information of row and latent (nats)",
+}
+"""What a report's figures are."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +64,18 @@ class Report:
         verdict: ``"good"``, ``"usable"`` (with the reasons in mind) or ``"poor"``.
         reasons: sentences with the number and what to do next, the worst first.
         figures: name to number.
+        rows: of a guide, values of each row that was looked at: its number ``row``, and ``k_hat``, ``ess_share`` and
+            ``gap`` (nats).
+        pictures: what :meth:`to_html` shows.
+        about: what was fitted, in words.
     """
 
     verdict: Verdict
     reasons: tuple[str, ...]
     figures: dict[str, float]
+    rows: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    pictures: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+    about: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [f"This posterior is {self.verdict}."]
@@ -43,8 +86,45 @@ class Report:
 
     def _repr_html_(self) -> str:
         reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
-        cells = "".join(f"<tr><td>{html.escape(n)}</td><td>{_show(v)}</td></tr>" for n, v in self.figures.items())
+        cells = "".join(f"<tr><td>{html.escape(n)}</td><td>{v}</td></tr>" for n, v in self._explained().items())
         return f"<p>This posterior is <b>{self.verdict}</b>.</p><ul>{reasons}</ul><table>{cells}</table>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Verdict, reasons, figures and rows, of numbers, strings and lists alone."""
+        return {
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            "figures": dict(self.figures),
+            "rows": {name: values.tolist() for name, values in self.rows.items()},
+        }
+
+    def to_html(self, path: str | Path | None = None, *, title: str = "Can this posterior be trusted?") -> str:
+        """One page with the verdict, the figures and pictures, which needs nothing from anywhere.
+
+        Arguments:
+            path: of the file to write; none by default.
+            title: of the page.
+
+        Returns:
+            The page.
+        """
+        text = page.page(title, [self._verdict(), *self.sections()])
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def _verdict(self) -> str:
+        return page.verdict(self.verdict, self.reasons, on="Posterior")
+
+    def sections(self) -> list[str]:
+        """The parts of the page below the verdict, as HTML."""
+        parts = [page.section("What was fitted", page.code(self.about, wrap=True))] if self.about else []
+        if self.figures:
+            parts.append(page.section("Figures", page.table(self._explained())))
+        return [*parts, *(page.section(p.title, page.picture(p.draw(), p.caption)) for p in self.pictures)]
+
+    def _explained(self) -> dict[str, str]:
+        return {MEANING.get(name, name): _show(value) for name, value in self.figures.items()}
 
 
 def _show(value: float) -> str:
@@ -56,9 +136,9 @@ def report(posterior: Posterior, data: Any = None, *, rows: int = 200, particles
 
     Chains are judged by R-hat, effective sample sizes, divergences, E-BFMI and the depth of their trees. A guide is
     judged by the weights that would turn its draws into the posterior's, row by row where rows share no latent: k-hat,
-    the effective sample size, and the gap from ELBO to IWAE. Shared latents tie all rows together, so that they are
-    judged jointly, and the rows' own given one draw of them. Weights cannot show a part of the posterior that no draw
-    fell in, such as a second mode.
+    the effective sample size, and the gap from ELBO to IWAE; and by what its latents say about the rows. Shared latents
+    tie all rows together, so that they are judged jointly, and the rows' own given one draw of them. Weights cannot
+    show a part of the posterior that no draw fell in, such as a second mode.
 
     References:
         Rank-Normalization, Folding, and Localization: An Improved R-hat for Assessing Convergence of MCMC
@@ -96,13 +176,41 @@ def report(posterior: Posterior, data: Any = None, *, rows: int = 200, particles
     if posterior.interrupted:
         found.add(USABLE, "The fit was interrupted by hand: run it to its end.")
     with seeded(seed):
-        if posterior.draws is not None:
-            check_chains(found, posterior)
-        elif not posterior.program.layout.names("latent"):
-            found.add(USABLE, "The model has no latent site: this is maximum likelihood, with no posterior to judge.")
-        else:
-            with torch.no_grad(), posterior.program.active(), validation(False):
-                check_guide(found, posterior, data, rows, particles)
-    worst = max((level for level, _ in found.sentences), default=GOOD)
+        check(found, posterior, data, rows, particles)
+    if posterior.history.get("loss"):
+        found.show(
+            "Training",
+            "The loss, and below it what each site adds, by one draw: has it come to rest?",
+            partial(plots.history, posterior.history),
+        )
     ordered = sorted(found.sentences, key=lambda sentence: -sentence[0])
-    return Report(LEVELS[worst], tuple(text for _, text in ordered), found.figures)
+    return Report(
+        LEVELS[found.worst],
+        tuple(text for _, text in ordered),
+        found.figures,
+        found.rows,
+        tuple(found.pictures),
+        repr(posterior),
+    )
+
+
+def check(
+    found: Findings, posterior: Posterior, data: Any, rows: int, particles: int, *, entries: int = ENTRIES
+) -> None:
+    """Judge a posterior by its draws, or by its guide.
+
+    Arguments:
+        found: is added to.
+        posterior: of any engine.
+        data: as for :func:`report`.
+        rows: as for :func:`report`.
+        particles: as for :func:`report`.
+        entries: numbers of chains, at most, whose mixing is judged.
+    """
+    if posterior.draws is not None:
+        check_chains(found, posterior, entries)
+    elif not posterior.program.layout.names("latent"):
+        found.add(USABLE, "The model has no latent site: this is maximum likelihood, with no posterior to judge.")
+    else:
+        with torch.no_grad(), posterior.program.active(), validation(False):
+            check_guide(found, posterior, data, rows, particles)

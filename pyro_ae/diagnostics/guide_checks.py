@@ -1,14 +1,12 @@
-"""The checks of a posterior: what each found, how bad that is, and what to do next."""
+"""The checks of a guide: whether its draws, weighted or as they are, can stand for the posterior's."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -21,6 +19,8 @@ from ..draws import encode
 from ..particles import part_sizes
 from ..sites import Layout, inspect_sites, quote
 from ..types import Guide, Model
+from . import plots
+from .findings import GOOD, POOR, USABLE, Findings
 from .groups import View, at_draws, look
 from .importance import effective_sample_size, pareto_k
 from .units import active_units
@@ -28,10 +28,6 @@ from .units import active_units
 if TYPE_CHECKING:
     from ..posterior import Posterior
 
-GOOD, USABLE, POOR = range(3)
-
-ENTRIES = 500
-"""Numbers of a model, at most, whose R-hat and ESS are worked out."""
 BUDGET = 2**32
 """Elements of the largest site, over all particles, that a joint check may take."""
 RICHER = (
@@ -40,129 +36,6 @@ RICHER = (
 )
 
 T = TypeVar("T")
-
-
-@dataclass
-class Findings:
-    """Sentences with how bad they are, and figures."""
-
-    sentences: list[tuple[int, str]] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def add(self, level: int, sentence: str) -> None:
-        self.sentences.append((level, sentence))
-
-
-# -- chains --------------------------------------------------------------------------------------------------
-
-
-def check_chains(found: Findings, posterior: Posterior) -> None:
-    assert posterior.draws is not None
-    chains, draws = next(iter(posterior.draws.values())).shape[:2]
-    found.figures |= {"chains": chains, "draws": draws}
-    _mixing(found, posterior.draws, chains, draws)
-    stats = posterior.stats
-    if "diverging" in stats:
-        divergences = int(stats["diverging"].sum())
-        found.figures["divergences"] = divergences
-        if divergences:
-            found.add(
-                POOR if divergences > 0.01 * chains * draws else USABLE,
-                f"{divergences} of {chains * draws} draws diverged, so a region of high curvature was not explored: "
-                "raise target_accept (0.95 or 0.99), or reparameterise (a non-centred hierarchy).",
-            )
-    if "energy" in stats and draws > 1:
-        energy = stats["energy"].double()
-        bfmi = float((energy.diff(dim=1).square().mean(1) / energy.var(1, correction=0)).min())
-        found.figures["e_bfmi"] = bfmi
-        if not bfmi >= 0.3:
-            found.add(
-                USABLE,
-                f"E-BFMI is {bfmi:.2f} in the worst chain, below 0.3, so the chain changes its energy too slowly for "
-                "the tails: reparameterise, or use a longer warmup.",
-            )
-    deepest = re.search(r"max_tree_depth=(\d+)", posterior.method)
-    if "tree_depth" in stats and deepest:
-        share = float((stats["tree_depth"] >= int(deepest[1])).double().mean())
-        found.figures["tree_depth_saturated"] = share
-        if share > 0:
-            found.add(
-                USABLE if share > 0.01 else GOOD,
-                f"{share:.1%} of the trajectories were cut off at max_tree_depth={deepest[1]}, which is slow: raise "
-                "it, reparameterise, or use dense_mass=True.",
-            )
-
-
-def _mixing(found: Findings, sites: dict[str, Tensor], chains: int, draws: int) -> None:
-    """R-hat and effective sample sizes of the sites' numbers, or of some of them where they are many."""
-    if draws < 4:
-        found.add(POOR, f"Each chain has {draws} draws, too few to judge: draw more.")
-        return
-    rhat, bulk, tail = {}, {}, {}
-    for name, value in sites.items():
-        flat = value.detach().cpu().double().flatten(2) if value.dim() > 2 else value.cpu().double().unsqueeze(-1)
-        moves = ~(flat == flat[:1, :1]).all(0).all(0)  # others are fixed by the support, as in a Cholesky factor
-        if not torch.isfinite(flat).all():
-            found.add(POOR, f"Site '{name}' has draws that are not finite: look at its prior and its support.")
-            continue
-        if not moves.any():
-            found.add(
-                POOR, f"The draws of site '{name}' are all the same: the chains never moved. Lengthen the warmup."
-            )
-            continue
-        index = moves.nonzero().squeeze(-1)
-        index = index[torch.randperm(len(index))[: max(1, ENTRIES // len(sites))]]
-        for i in index.tolist():
-            where = (
-                ", ".join(str(int(k)) for k in np.unravel_index(i, tuple(value.shape[2:]))) if value.dim() > 2 else ""
-            )
-            label = f"{name}[{where}]" if where else name
-            rhat[label], bulk[label], tail[label] = _rhat_and_ess(flat[..., i].numpy())
-    if not rhat:
-        return
-    found.figures["entries"] = len(rhat)
-    if chains == 1:
-        found.add(
-            USABLE, "There is a single chain, and R-hat needs two or more: it cannot be told whether chains agree."
-        )
-    else:
-        worst = max(rhat, key=lambda n: rhat[n])
-        found.figures["r_hat"] = rhat[worst]
-        if rhat[worst] <= 1.01:
-            found.add(GOOD, f"R-hat is at most {rhat[worst]:.3f} ({worst}): the {chains} chains agree.")
-        else:
-            found.add(
-                USABLE if rhat[worst] <= 1.05 else POOR,
-                f"R-hat is {rhat[worst]:.4g} for {worst}, above 1.01, so the {chains} chains have not come to agree: "
-                "use a longer warmup and more draws; if it stays, reparameterise, or look for several modes.",
-            )
-    for kind, values in (("bulk", bulk), ("tail", tail)):
-        worst = min(values, key=lambda n: values[n])
-        size = values[worst]
-        found.figures[f"ess_{kind}"] = size
-        text = f"The {kind} effective sample size is {size:.0f} for {worst}"
-        if size >= 100 * chains:
-            found.add(GOOD, f"{text}, at least 100 a chain: enough draws.")
-        else:
-            found.add(
-                USABLE if size >= 25 * chains else POOR,
-                f"{text}, fewer than 100 a chain: take {min(100, math.ceil(100 * chains / max(size, 1.0)))} times as "
-                "many draws, or reparameterise.",
-            )
-
-
-def _rhat_and_ess(draws: np.ndarray) -> tuple[float, float, float]:
-    """Rank-normalised R-hat and the effective sample sizes of bulk and tail, of ``[chains, draws]``."""
-    import arviz
-
-    with np.errstate(all="ignore"):
-        rhat = float(arviz.rhat(draws)) if len(draws) > 1 else math.nan
-        bulk, tail = float(arviz.ess(draws, method="bulk")), float(arviz.ess(draws, method="tail", prob=(0.05, 0.95)))
-    # what cannot be worked out, of a chain that stands still, is as bad as can be
-    return math.inf if math.isnan(rhat) else rhat, 0.0 if math.isnan(bulk) else bulk, 0.0 if math.isnan(tail) else tail
-
-
-# -- guides --------------------------------------------------------------------------------------------------
 
 
 def check_guide(found: Findings, posterior: Posterior, data: Any, rows: int, particles: int) -> None:
@@ -190,18 +63,19 @@ def check_guide(found: Findings, posterior: Posterior, data: Any, rows: int, par
     if points:
         what = f"The guide draws the same value of {quote(points)} each time: a point, without uncertainty"
         found.add(POOR, f"{what}. Use a guide with a spread, such as AutoNormal, or nuts.")
+        found.point = True
         return
     model, guide = program.model.fn, program.guide.fn
     if view.common:
         log_w = _log_weights(model, guide, some, view.layout, particles)
-        _rows_findings(found, _take(log_w, index), "")
+        _rows_findings(found, _take(log_w, index), _numbers(held, rows), "")
     else:
         most = max(100, BUDGET // view.largest)
         _joint_findings(
             found, _log_weights(model, guide, some, view.layout, min(particles, most)), local=bool(posterior.local)
         )
         if posterior.local:
-            _given_shared(found, posterior, samples, some, view, particles)
+            _given_shared(found, posterior, samples, some, view, particles, _numbers(held, rows))
     if posterior.local:
         _units(found, posterior, some, view, index)
 
@@ -216,8 +90,15 @@ def _samples(rows: Rows | LoadedRows, most: int, device: torch.device) -> list[S
         return [(next(rows.batches(device=device)), None)]
     if rows.size is None or rows.size <= most:
         return [(rows.call(), None)]
-    index = torch.linspace(0, rows.size - 1, most, device="cpu").round().long()
+    index = _numbers(rows, most)
     return [(rows.take(index).call(), None), (rows.call(), index)]
+
+
+def _numbers(rows: Rows | LoadedRows, most: int) -> Tensor | None:
+    """Which rows of the data those are, where it is known."""
+    if isinstance(rows, LoadedRows) or rows.size is None:
+        return None
+    return torch.linspace(0, rows.size - 1, min(most, rows.size), device="cpu").round().long()
 
 
 def _first(
@@ -248,13 +129,26 @@ def _log_weights(model: Model, guide: Guide, batch: Call, layout: Layout, partic
     return torch.cat(parts)
 
 
-def _rows_findings(found: Findings, log_w: Tensor, given: str) -> None:
+def _rows_findings(found: Findings, log_w: Tensor, numbers: Tensor | None, given: str) -> None:
     """What the weights say of rows that are weighed one by one."""
     particles, rows = log_w.shape
     if not _finite(found, log_w):
         return
-    k, gap = pareto_k(log_w), float((iwae(log_w) - elbo(log_w)).mean())
-    share = float((effective_sample_size(log_w) / particles).median())
+    k, gaps, shares = pareto_k(log_w), iwae(log_w) - elbo(log_w), effective_sample_size(log_w) / particles
+    gap, share = float(gaps.mean()), float(shares.median())
+    numbers = torch.arange(rows) if numbers is None or len(numbers) != rows else numbers
+    found.rows = {"row": numbers, "k_hat": k, "ess_share": shares, "gap": gaps}
+    found.show(
+        "Can the guide be trusted, row by row?",
+        f"Pareto k-hat of the importance weights of each row{given}. Up to 0.7, draws of the guide can be weighted to "
+        "stand for the true posterior; above it they cannot.",
+        partial(plots.pareto_k, k),
+    )
+    found.show(
+        "Which rows is it wrong on?",
+        "The same k-hat by row: `report.rows` has the numbers.",
+        partial(plots.pareto_k_by_row, k, numbers),
+    )
     bad, median = float((~(k <= 0.7)).double().mean()), float(k.median())
     found.figures |= {"rows": rows, "particles": particles, "k_hat_median": median, "k_hat_above_0.7": bad}
     found.figures |= {
@@ -328,7 +222,13 @@ def _finite(found: Findings, log_w: Tensor) -> bool:
 
 
 def _given_shared(
-    found: Findings, posterior: Posterior, samples: list[Sample], batch: Call, view: View, particles: int
+    found: Findings,
+    posterior: Posterior,
+    samples: list[Sample],
+    batch: Call,
+    view: View,
+    particles: int,
+    numbers: Tensor | None,
 ) -> None:
     """The rows' own latents, given one draw of those that they share: for each row a weight of its own."""
     program = posterior.program
@@ -352,7 +252,7 @@ def _given_shared(
     size = view.layout.plates[str(program.plate)]
     some, index, log_w = _first(samples, weigh_rows, lambda log_w: log_w.shape[1] > 1)
     if log_w.shape[1] > 1 or size == 1:
-        _rows_findings(found, _take(log_w, index), " given one draw of the shared latents")
+        _rows_findings(found, _take(log_w, index), numbers, " given one draw of the shared latents")
 
 
 def _units(found: Findings, posterior: Posterior, batch: Call, view: View, index: Tensor | None) -> None:
