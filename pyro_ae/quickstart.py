@@ -21,7 +21,6 @@ from .bounds import iwae
 from .cite import cite
 from .density import log_weights
 from .diagnostics import page, plots
-from .diagnostics.importance import pareto_k
 from .engines.svi import svi
 from .fit import fit
 from .guides.amortized import Amortized
@@ -201,7 +200,7 @@ posterior = Posterior.load({where}, *build({argument}))"""
         "the same bound, per pixel": f"{-mean / test[0].numel() / math.log(2):.3f} bits",
         "log p(x) where each pixel is coded by itself": f"{rival:.2f} nats",
     }
-    text = _page(posterior, report, numbers, load, test, digit, pareto_k(weights))
+    text = _page(posterior, report, numbers, load, test, digit)
     (out / "report.html").write_text(text, encoding="utf-8")
     print(f"""
 log p(x) of a test image is at least {mean:.2f} nats (standard error {error:.2f}, {len(weights)} particles); with each
@@ -223,7 +222,6 @@ def _page(
     load: str,
     test: Tensor,
     digit: Tensor,
-    k: Tensor,
 ) -> str:
     """What came of the fit, for who looks at it in a browser."""
     some = torch.stack([(digit == d).nonzero()[:2, 0] for d in range(10)], 1).flatten()  # two of each digit
@@ -241,7 +239,6 @@ def _page(
             "too simple to say how uncertain each code is."
         ),
         page.table(numbers),
-        page.section("What was fitted", page.code(repr(posterior), wrap=True)),
         page.section(
             "Reconstructions",
             page.picture(
@@ -264,27 +261,7 @@ def _page(
                 "Each figure is the mean code of a test image of that digit. The fit has seen no labels.",
             ),
         ),
-    ]
-    if posterior.history:
-        parts.append(
-            page.section(
-                "Training",
-                page.picture(
-                    plots.history(posterior.history),
-                    "Above, minus the bound: the held-out curve is what ends the fit and chooses the state that is "
-                    "kept. Below, what each site adds to it: log p(z) + log p(x) - log q(z) is one draw of the ELBO.",
-                ),
-            )
-        )
-    parts += [
-        page.section(
-            "Can the guide be trusted?",
-            page.picture(
-                plots.pareto_k(k),
-                "Pareto k-hat of the importance weights of each test image. Up to 0.7, draws of the guide can be "
-                "weighted to stand for the true posterior of the code; above it they cannot.",
-            ),
-        ),
+        *report.sections(),
         page.section(
             "Next steps",
             page.paragraph("Load the posterior and use it:"),

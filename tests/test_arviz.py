@@ -154,6 +154,7 @@ def test_eight_schools(method: str) -> None:
         loo = arviz.loo(inference)
     assert -34 < getattr(loo, "elpd_loo", getattr(loo, "elpd", 0.0)) < -29
     arviz.plot_trace(inference, var_names=["mu", "tau"])
+    arviz.plot_ppc(inference, num_pp_samples=20)
 
 
 # ---------------------------------------------------------------------------------------------- the numbers

@@ -285,7 +285,7 @@ def test_page_of_the_quickstart_is_whole_and_self_contained(short: tuple[Path, s
     text = (short[0] / "quickstart" / "report.html").read_text(encoding="utf-8")
     checked = Checker(text)
     assert not checked.faults
-    assert checked.seen.count("img") == checked.seen.count("figure") == 5
+    assert checked.seen.count("img") == checked.seen.count("figure") == 7
     assert checked.seen.count("h1") == 1 and "script" not in checked.seen
     assert not re.search(r"url\(|@import", text)
     for words in (

@@ -94,6 +94,8 @@ def test_a_posterior_goes_to_arviz_disk_prediction_and_report(name, tmp_path):
         arviz.summary(idata)
         if len(posterior.sample()["w"]) > 1:
             arviz.loo(idata)
+        arviz.plot_trace(idata)
+        arviz.plot_ppc(idata)
     assert posterior.predict((torch.zeros(4, 3), None), draws=5)["y"].shape[1:] == (4,)
     again = Posterior.load(posterior.save(tmp_path / "p"), regression)
     assert torch.equal(again.sample()["w"], posterior.sample()["w"])

@@ -194,7 +194,7 @@ LAYERS = [
         "describe",
         "posterior",
     ),
-    *("storage", "engines", "fit", "quickstart", "reproduce", "cli"),
+    *("storage", "engines", "fit", "reference", "quickstart", "reproduce", "cli"),
 ]
 
 

@@ -20,6 +20,7 @@ from pyro_ae.losses import (
     annealed,
     autogen,
     capacity,
+    fisher,
     free_bits,
     info_vae,
     piwae,
@@ -390,7 +391,7 @@ def test_every_loss_trains_and_has_a_repr():
     every = [
         importance(miwae(2, 3)), piwae(2, 3), wake_sleep(3, sleep=0.5), annealed(linear(0.0, 1.0)), autogen(),
         capacity(linear(0.0, 5.0)), free_bits(0.1), soft_free_bits(1.0), total_correlation(), info_vae(), wasserstein(),
-        aggregate_moments(),
+        aggregate_moments(), fisher(0.01),
     ]  # fmt: skip
     assert {type(loss).__name__ for loss in every} | {"info_vae", "wasserstein"} == set(losses.__all__)
     for loss in every:

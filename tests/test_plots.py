@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from pyro_ae import Posterior, batch_plate, fit, nuts, svi
 from pyro_ae.diagnostics import page, plots
 from pyro_ae.diagnostics.entries import label, pick
+from pyro_ae.diagnostics.ranks import Coverage, Ranks
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
 from pyro_ae.models.vae import VAE
@@ -30,7 +31,7 @@ HISTORY = {
     "log p(x)": [-280.0, -100.0, -80.0],
     "log q(z)": [-10.0, 1.0, 5.0],
 }
-BAND = (torch.linspace(0, 0.9, 51), torch.linspace(0.1, 1, 51))
+LEVELS = torch.linspace(0.05, 0.95, 19)
 
 FIGURES: dict[str, Callable[[], Any]] = {
     "latent_space": lambda: plots.latent_space(torch.randn(30, 5), torch.arange(30) % 10),
@@ -47,8 +48,9 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "pareto_k, far off": lambda: plots.pareto_k([40.0, -torch.inf, torch.nan, torch.inf]),
     "pareto_k_by_row": lambda: plots.pareto_k_by_row([0.1, torch.nan, 0.9, -torch.inf], [3, 5, 7, 9]),
     "predictive": lambda: plots.predictive(torch.randn(100), 0.3),
-    "rank_ecdf": lambda: plots.rank_ecdf(torch.randint(0, 51, (90, 2)), 50, band=BAND, label="z"),
-    "coverage": lambda: plots.coverage(torch.linspace(0, 1, 51), torch.linspace(0, 1, 51) ** 2, band=BAND),
+    "rank_ecdf": lambda: plots.rank_ecdf(Ranks({"z": torch.randint(0, 51, (90, 2))}, 50)),
+    "coverage": lambda: plots.coverage(Coverage(LEVELS, LEVELS**2, 50)),
+    "coverage of several": lambda: plots.coverage({"z": Coverage(LEVELS, LEVELS[:, None].expand(-1, 2), 50)}),
     "intervals": lambda: plots.intervals({"a": {"z": torch.randn(50, 3)}, "b": {"z": torch.randn(40, 3)}}),
 }
 
@@ -83,6 +85,16 @@ def test_a_figure_goes_into_axes_that_are_given(name: str) -> None:
 def test_a_page_closes_its_figures() -> None:
     assert [page.picture(make(), "a figure").count("<img") for make in FIGURES.values()] == [1] * len(FIGURES)
     assert not pyplot.get_fignums()
+
+
+def test_ranks_that_are_uniform_lie_within_the_band() -> None:
+    even, narrow = torch.arange(51).repeat(4), torch.tensor([0, 50]).repeat(102)
+    for ranks, inside in ((even, True), (narrow, False)):
+        axes = plots.rank_ecdf(Ranks({"z": ranks}, 50))
+        (band,) = axes.collections
+        edge = band.get_paths()[0].vertices
+        line = axes.lines[-1].get_ydata()
+        assert (np.abs(line).max() < np.abs(edge[:, 1]).max()) == inside
 
 
 # -- images --------------------------------------------------------------------------------------------------
@@ -257,8 +269,8 @@ def test_images_of_chains_that_drew_the_codes() -> None:
         (lambda: plots.pareto_k([]), "no k-hat"),
         (lambda: plots.pareto_k_by_row([0.1], [1, 2]), "1 values of k-hat"),
         (lambda: plots.predictive([1.0, torch.nan], 0.0), "finite statistic"),
-        (lambda: plots.rank_ecdf([0, 11], 10), "from 0 to 10"),
-        (lambda: plots.coverage([0.1, 0.2], [0.1]), "2 levels, got shape (1,)"),
+        (lambda: plots.rank_ecdf(Ranks({"z": torch.zeros(10)}, 10), ["y"]), "there is no 'y'"),
+        (lambda: plots.coverage({}), "no coverage"),
         (lambda: plots.intervals({}), "one posterior or more"),
     ],
 )

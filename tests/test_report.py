@@ -15,22 +15,13 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from truth import untrained
 
 from pyro_ae import Posterior, batch_plate, fit, nuts, svi
-from pyro_ae.data import LoadedRows, as_rows
+from pyro_ae.data import LoadedRows
 from pyro_ae.diagnostics.report import Report, report
 from pyro_ae.guides import together
 from pyro_ae.models import ppca
-from pyro_ae.program import Program
-
-
-def posterior_of(model: Callable, guide: Callable | None, data: Any, **state: Any) -> Posterior:
-    """A guide as it is, not trained, or draws that are made up."""
-    rows = as_rows(data)
-    program = Program(model, guide, total=rows.size)
-    program.build(rows.first(None))
-    return Posterior(program, data=rows, method="nuts(max_tree_depth=10)", **state)
-
 
 # ----------------------------------------------------------------------------------------------- the guides
 
@@ -48,7 +39,7 @@ def scaled(model: ppca.PPCA, scale: float, shift: float = 0.0) -> Callable:
 
 def ppca_report(scale: float, **options: Any) -> Report:
     model, _, x = ppca.example()
-    return report(posterior_of(model, scaled(model, scale), x), **options)
+    return report(untrained(model, scaled(model, scale), x), **options)
 
 
 def reasons(found: Report, what: str) -> list[str]:
@@ -86,7 +77,7 @@ def test_gap_is_the_divergence_of_the_guide(scale: float, verdict: str) -> None:
 
 def test_misplaced_guide_is_not_good() -> None:
     model, _, x = ppca.example()
-    found = report(posterior_of(model, scaled(model, 1.0, shift=3.0), x))
+    found = report(untrained(model, scaled(model, 1.0, shift=3.0), x))
     assert found.verdict == "poor"
     assert found.figures["gap"] > 1
 
@@ -100,7 +91,7 @@ def test_some_rows_spread_evenly() -> None:
         seen.append(x)
         scaled(model, 1.0)(x)
 
-    posterior = posterior_of(model, guide, x)
+    posterior = untrained(model, guide, x)
     seen.clear()
     found = report(posterior, rows=4)
     assert found.figures["rows"] == 4
@@ -119,7 +110,7 @@ def test_guide_with_parameters_for_each_row() -> None:
             scale = torch.where(torch.arange(60) % 2 == 0, 1.0, 0.2).reshape(60, 1, 1)
             pyro.sample("z", dist.MultivariateNormal(where.mean, scale**2 * where.covariance_matrix))
 
-    found = report(posterior_of(model, guide, x), rows=30)
+    found = report(untrained(model, guide, x), rows=30)
     assert found.figures["rows"] == 30
     assert 0.2 < found.figures["k_hat_above_0.7"] < 0.8
 
@@ -138,7 +129,7 @@ def test_shared_latents_are_judged_jointly(scale: float, verdict: str) -> None:
     def guide(y: Tensor) -> None:
         pyro.sample("mu", dist.Normal(total / 10, scale * 0.1**0.5).to_event(1))
 
-    found = report(posterior_of(gaussian, guide, y), rows=4)  # but it takes all rows together
+    found = report(untrained(gaussian, guide, y), rows=4)  # but it takes all rows together
     assert found.verdict == verdict
     assert reasons(found, "joint k-hat")
     assert (found.figures["joint_k_hat"] > 0.7) == (verdict == "poor")
@@ -160,7 +151,7 @@ def test_rows_given_the_shared_latents() -> None:
 
         return run
 
-    fine, narrow = (report(posterior_of(model, guide(scale), x), rows=40) for scale in (1.1, 0.3))
+    fine, narrow = (report(untrained(model, guide(scale), x), rows=40) for scale in (1.1, 0.3))
     assert fine.figures["joint_k_hat"] > 0.7
     assert fine.figures["k_hat_above_0.7"] == 0 and fine.figures["rows"] == 40
     assert fine.verdict == "usable"
@@ -172,17 +163,17 @@ def test_collapsed_dimension_is_inactive() -> None:
     model, _, x = ppca.example()
     with torch.no_grad():
         model.weight[:, 1] = 0.0
-    found = report(posterior_of(model, scaled(model, 1.0), x))
+    found = report(untrained(model, scaled(model, 1.0), x))
     assert (found.figures["units"], found.figures["active_units"]) == (2, 1)
     assert reasons(found, "1 of 2 latent dimensions are inactive")
     assert found.verdict == "good"  # as the exact posterior is, even so
     with torch.no_grad():
         model.weight.zero_()
-    assert report(posterior_of(model, scaled(model, 1.0), x)).verdict == "usable"
+    assert report(untrained(model, scaled(model, 1.0), x)).verdict == "usable"
 
 
 def test_point_is_no_posterior() -> None:
-    found = report(posterior_of(gaussian, AutoDelta(gaussian), torch.randn(5, 3)))
+    found = report(untrained(gaussian, AutoDelta(gaussian), torch.randn(5, 3)))
     assert found.verdict == "poor"
     assert reasons(found, "same value of 'mu'")
 
@@ -198,7 +189,7 @@ def test_weights_that_are_not_finite() -> None:
         with batch_plate(y):
             pyro.sample("z", dist.Normal(-5.0, 0.01))
 
-    found = report(posterior_of(model, guide, torch.randn(4)))
+    found = report(untrained(model, guide, torch.randn(4)))
     assert found.verdict == "poor"
     assert reasons(found, "not finite in 4 of 4 rows")
     assert not reasons(found, "k-hat") and "k_hat_median" not in found.figures
@@ -223,18 +214,18 @@ def test_what_cannot_be_weighed_is_said() -> None:
         with batch_plate(y):
             pyro.sample("y", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=y)
 
-    maximum = report(posterior_of(likelihood, lambda y: None, torch.randn(4)))
+    maximum = report(untrained(likelihood, lambda y: None, torch.randn(4)))
     assert maximum.verdict == "usable" and reasons(maximum, "maximum likelihood")
 
 
 def test_loader_and_interruption() -> None:
     model, _, x = ppca.example()
     data = LoadedRows(DataLoader(TensorDataset(x), batch_size=8))
-    found = report(posterior_of(model, scaled(model, 1.0), data, interrupted=True))
+    found = report(untrained(model, scaled(model, 1.0), data, interrupted=True))
     assert found.figures["rows"] == 8
     assert found.verdict == "usable" and reasons(found, "interrupted")
     data = LoadedRows(DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=4))
-    found = report(posterior_of(gaussian, AutoNormal(gaussian), data))
+    found = report(untrained(gaussian, AutoNormal(gaussian), data))
     assert found.verdict == "usable" and reasons(found, "pass all rows at once")
 
 
@@ -249,7 +240,7 @@ def sampled() -> Posterior:
         "energy": torch.randn(2, 400),
         "tree_depth": torch.full((2, 400), 3),
     }
-    return posterior_of(gaussian, None, torch.randn(4, 3), draws={"mu": torch.randn(2, 400, 3)}, stats=stats)
+    return untrained(gaussian, None, torch.randn(4, 3), draws={"mu": torch.randn(2, 400, 3)}, stats=stats)
 
 
 def changed(posterior: Posterior, draws: Callable = lambda v: v, **stats: Tensor) -> Report:
@@ -337,7 +328,7 @@ def test_statistics_of_the_sampler(sampled: Posterior) -> None:
 
 def test_random_states_stay_and_reports_repeat() -> None:
     model, _, x = ppca.example()
-    posterior = posterior_of(model, scaled(model, 0.8), x)
+    posterior = untrained(model, scaled(model, 0.8), x)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     first, again, other = report(posterior), report(posterior), report(posterior, seed=1)
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -363,7 +354,7 @@ def test_refusals(options: dict, message: str) -> None:
 
 def test_posterior_report_is_this_one() -> None:
     model, _, x = ppca.example()
-    posterior = posterior_of(model, scaled(model, 0.8), x)
+    posterior = untrained(model, scaled(model, 0.8), x)
     assert posterior.report() == report(posterior)
     assert posterior.report(x[:5]).figures["rows"] == 5
 
@@ -381,7 +372,7 @@ def test_automatic_guide_of_a_model_that_does_not_broadcast() -> None:
         pyro.sample("eta", dist.Normal(torch.zeros(60), 1.0).to_event(1))
 
     with pytest.warns(UserWarning, match="does not broadcast"):
-        found = report(posterior_of(model, guide, torch.randn(60)), particles=60)
+        found = report(untrained(model, guide, torch.randn(60)), particles=60)
     assert found.figures["joint_gap"] == pytest.approx(0.0, abs=1e-3)
     assert found.verdict == "good"
 

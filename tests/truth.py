@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_ae import batch_plate, observe
+from pyro_ae import Posterior, batch_plate, observe
+from pyro_ae.data import as_rows
 from pyro_ae.density import log_joint
 from pyro_ae.models.deep_vae import DeepVAE
 from pyro_ae.models.ppca import PPCA
+from pyro_ae.program import Program
 
 
 def ppca(rows: int = 40) -> tuple[PPCA, Tensor]:
@@ -81,6 +83,14 @@ def stubborn(model: PPCA):
             pyro.sample("x", dist.Normal(loc, model.log_noise.exp()).to_event(1), obs=x)
 
     return one_by_one
+
+
+def untrained(model, guide, data, **state) -> Posterior:
+    """A posterior of a guide as it is, or of draws that are made up (``draws=``)."""
+    rows = as_rows(data)
+    program = Program(model, guide, total=rows.size)
+    program.build(rows.first(None))
+    return Posterior(program, data=rows, method="nuts(max_tree_depth=10)", **state)
 
 
 class Linear(nn.Module):

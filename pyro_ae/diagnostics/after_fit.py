@@ -35,7 +35,7 @@ def warn_if_poor(posterior: Posterior) -> None:
     found = Findings()
     try:
         with seeded(0):
-            check(found, posterior, None, ROWS, PARTICLES, entries=ENTRIES)
+            check(found, posterior, None, ROWS, PARTICLES, entries=ENTRIES, latents=False)
     except (ValueError, RuntimeError, NotImplementedError):
         return  # what cannot be judged is no reason to lose a fit, and the report says why
     if found.worst < POOR or found.point:

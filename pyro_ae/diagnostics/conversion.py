@@ -96,7 +96,7 @@ def to_arviz(
     if held is not None:
         variables["sample_stats"] = naming.draws("sample_stats", stats)
     if "observed_data" in chosen:
-        variables["observed_data"] = naming.observed(_observed(view, rows))
+        variables["observed_data"] = naming.observed(observed_values(view, rows))
     variables["constant_data"] = naming.rows(constants)
     attrs = _attrs(posterior)
     datasets = {group: naming.dataset(variables[group], attrs) for group in chosen}
@@ -178,7 +178,7 @@ def _row_plate(posterior: Posterior, view: View, rows: Rows) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _sources(view: View, rows: Rows) -> dict[str, str]:
+def sources_of(view: View, rows: Rows) -> dict[str, str]:
     """Observed site to the entry of the data that it observes, where there is one."""
     found: dict[str, str] = {}
     for name in view.observed:
@@ -198,9 +198,9 @@ def _equal(entry: Tensor, value: Tensor) -> bool:
     return bool(((entry == value) | (entry != entry)).all())
 
 
-def _observed(view: View, rows: Rows) -> dict[str, Tensor]:
+def observed_values(view: View, rows: Rows) -> dict[str, Tensor]:
     """What the observed sites observe, NaN where it is missing."""
-    sources, out = _sources(view, rows), {}
+    sources, out = sources_of(view, rows), {}
     for name in view.observed:
         site = view.run.sites[name]
         value = torch.as_tensor(site["value"])
@@ -227,7 +227,7 @@ def _constants(posterior: Posterior, view: View, rows: Rows) -> dict[str, Any]:
     names = dict(zip(rows.entries, rows.entries, strict=True))
     if rows.form in ("one", "tuple"):
         names |= dict(zip(rows.entries, _arguments(posterior.model, len(rows.entries)), strict=True))
-    observed = set(_sources(view, rows).values())
+    observed = set(sources_of(view, rows).values())
     numbers = (bool, int, float, np.number, np.bool_, Tensor)
     return {names[n]: v for n, v in rows.entries.items() if n not in observed and isinstance(v, numbers)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..bounds import elbo, iwae
-from ..data import Call, LoadedRows, Rows
+from ..data import Call, LoadedRows
 from ..density import weigh
 from ..draws import encode
 from ..particles import part_sizes
@@ -23,6 +22,8 @@ from . import plots
 from .findings import GOOD, POOR, USABLE, Findings
 from .groups import View, at_draws, look
 from .importance import effective_sample_size, pareto_k
+from .latents import latent_summaries
+from .rows import Sample, first, numbers, samples
 from .units import active_units
 
 if TYPE_CHECKING:
@@ -38,13 +39,24 @@ RICHER = (
 T = TypeVar("T")
 
 
-def check_guide(found: Findings, posterior: Posterior, data: Any, rows: int, particles: int) -> None:
-    """Weights that would turn the guide's draws into the posterior's, on ``rows`` of the rows where they can be."""
+def check_guide(
+    found: Findings, posterior: Posterior, data: Any, rows: int, particles: int, *, latents: bool = True
+) -> None:
+    """Weights that would turn the guide's draws into the posterior's, on ``rows`` of the rows where they can be.
+
+    Arguments:
+        found: is added to.
+        posterior: with a guide.
+        data: rows; those of the fit where it is None.
+        rows: how many of them.
+        particles: draws for each.
+        latents: whether to look at what the latents say about the rows, too.
+    """
     program = posterior.program
     assert program.guide is not None
     held = posterior._rows(data)
-    samples = _samples(held, rows, program.device)
-    some, index, view = _first(samples, lambda batch: look(program, batch), lambda view: bool(view.common))
+    found_rows = samples(held, rows, program.device)
+    some, index, view = first(found_rows, lambda batch: look(program, batch), lambda view: bool(view.common))
     if view.undrawn:
         what = f"The latents {quote(view.undrawn)} are enumerated and have no draws"
         found.add(USABLE, f"{what}, so the guide cannot be weighed: compare it with another fit.")
@@ -68,52 +80,17 @@ def check_guide(found: Findings, posterior: Posterior, data: Any, rows: int, par
     model, guide = program.model.fn, program.guide.fn
     if view.common:
         log_w = _log_weights(model, guide, some, view.layout, particles)
-        _rows_findings(found, _take(log_w, index), _numbers(held, rows), "")
+        _rows_findings(found, _take(log_w, index), numbers(held, rows), "")
     else:
         most = max(100, BUDGET // view.largest)
         _joint_findings(
             found, _log_weights(model, guide, some, view.layout, min(particles, most)), local=bool(posterior.local)
         )
         if posterior.local:
-            _given_shared(found, posterior, samples, some, view, particles, _numbers(held, rows))
-    if posterior.local:
+            _given_shared(found, posterior, found_rows, some, view, particles, numbers(held, rows))
+    if posterior.local and latents:
         _units(found, posterior, some, view, index)
-
-
-Sample = tuple[Call, Tensor | None]
-"""A call, and which of its rows are meant, or None for all."""
-
-
-def _samples(rows: Rows | LoadedRows, most: int, device: torch.device) -> list[Sample]:
-    """Some of the rows, spread evenly; and all of them, for guides that have parameters for each row."""
-    if isinstance(rows, LoadedRows):
-        return [(next(rows.batches(device=device)), None)]
-    if rows.size is None or rows.size <= most:
-        return [(rows.call(), None)]
-    index = _numbers(rows, most)
-    return [(rows.take(index).call(), None), (rows.call(), index)]
-
-
-def _numbers(rows: Rows | LoadedRows, most: int) -> Tensor | None:
-    """Which rows of the data those are, where it is known."""
-    if isinstance(rows, LoadedRows) or rows.size is None:
-        return None
-    return torch.linspace(0, rows.size - 1, min(most, rows.size), device="cpu").round().long()
-
-
-def _first(
-    samples: list[Sample], make: Callable[[Call], T], fits: Callable[[T], bool]
-) -> tuple[Call, Tensor | None, T]:
-    """The first sample that what is made of it fits, or the last."""
-    for batch, index in samples[:-1]:
-        try:
-            made = make(batch)
-        except (ValueError, RuntimeError, IndexError):
-            continue
-        if fits(made):
-            return batch, index, made
-    batch, index = samples[-1]
-    return batch, index, make(batch)
+        _information(found, posterior, data, rows)
 
 
 def _take(values: Tensor, index: Tensor | None) -> Tensor:
@@ -224,7 +201,7 @@ def _finite(found: Findings, log_w: Tensor) -> bool:
 def _given_shared(
     found: Findings,
     posterior: Posterior,
-    samples: list[Sample],
+    found_rows: list[Sample],
     batch: Call,
     view: View,
     particles: int,
@@ -250,7 +227,7 @@ def _given_shared(
         return _log_weights(model, guide, some, layout, particles)
 
     size = view.layout.plates[str(program.plate)]
-    some, index, log_w = _first(samples, weigh_rows, lambda log_w: log_w.shape[1] > 1)
+    some, index, log_w = first(found_rows, weigh_rows, lambda log_w: log_w.shape[1] > 1)
     if log_w.shape[1] > 1 or size == 1:
         _rows_findings(found, _take(log_w, index), numbers, " given one draw of the shared latents")
 
@@ -273,6 +250,33 @@ def _units(found: Findings, posterior: Posterior, batch: Call, view: View, index
             GOOD if active else USABLE,
             f"{units - active} of {units} latent dimensions are inactive: their posterior mean is the same for every "
             "row. A smaller latent would do; or let the weight of the KL grow from 0 over the first epochs.",
+        )
+
+
+def _information(found: Findings, posterior: Posterior, data: Any, rows: int) -> None:
+    """What the rows' latents say about them, where the guide has a density to go by."""
+    try:
+        summaries = latent_summaries(posterior, data, rows=rows, seed=None).sites.values()
+    except ValueError:
+        return
+    found.figures["kl"] = sum(s.rate for s in summaries)
+    for s in summaries:
+        if s.information is not None and len(summaries) == 1:
+            found.figures["mutual_information"] = s.information
+        if s.kl is None:
+            continue
+        if s.collapsed is not None and s.collapsed.all():
+            found.add(
+                USABLE,
+                f"The latent '{s.site}' has collapsed: its posterior is the prior for every row (KL {s.rate:.3f} nats) "
+                "and says nothing of them. Let the weight of the KL grow from 0 (annealed(linear(0, 1))), leave "
+                "it some nats (free_bits), or use a decoder that needs the latent.",
+            )
+        found.show(
+            f"What '{s.site}' says about a row",
+            f"The KL of each dim's posterior to the prior, averaged over {s.rows} rows: a dim with none is not used. "
+            "The posterior of a passive dim is the prior's for every row; that of a mixed one, for some.",
+            partial(plots.kl, s.kl.mean(0), None if s.kinds is None else s.kinds.names),
         )
 
 

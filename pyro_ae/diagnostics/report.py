@@ -195,7 +195,14 @@ def report(posterior: Posterior, data: Any = None, *, rows: int = 200, particles
 
 
 def check(
-    found: Findings, posterior: Posterior, data: Any, rows: int, particles: int, *, entries: int = ENTRIES
+    found: Findings,
+    posterior: Posterior,
+    data: Any,
+    rows: int,
+    particles: int,
+    *,
+    entries: int = ENTRIES,
+    latents: bool = True,
 ) -> None:
     """Judge a posterior by its draws, or by its guide.
 
@@ -206,6 +213,7 @@ def check(
         rows: as for :func:`report`.
         particles: as for :func:`report`.
         entries: numbers of chains, at most, whose mixing is judged.
+        latents: whether to look at what the latents of rows say about them.
     """
     if posterior.draws is not None:
         check_chains(found, posterior, entries)
@@ -213,4 +221,4 @@ def check(
         found.add(USABLE, "The model has no latent site: this is maximum likelihood, with no posterior to judge.")
     else:
         with torch.no_grad(), posterior.program.active(), validation(False):
-            check_guide(found, posterior, data, rows, particles)
+            check_guide(found, posterior, data, rows, particles, latents=latents)

@@ -1,6 +1,7 @@
 """Losses: what svi minimises, as functions of (model, guide, batch)."""
 
 from .aggregate import aggregate, info_vae, wasserstein
+from .fisher import fisher
 from .importance import importance, piwae
 from .kl import annealed, autogen, capacity, free_bits, soft_free_bits, total_correlation
 from .moments import aggregate_moments
@@ -12,6 +13,7 @@ __all__ = [
     "annealed",
     "autogen",
     "capacity",
+    "fisher",
     "free_bits",
     "importance",
     "info_vae",

@@ -2,69 +2,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .style import BLUE, CLASSES, GREY, INK, STYLES, array, legend, one
+from ..entries import pick
+from .style import CLASSES, GREY, INK, STYLES, array, legend, one
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Band = tuple[Any, Any]
+    from ..ranks import Coverage, Ranks
 
 
 def rank_ecdf(
-    ranks: Any, draws: int, *, band: Band | None = None, label: str = "", title: str = "", axes: Axes | None = None
+    ranks: Ranks,
+    names: Sequence[str] | None = None,
+    *,
+    most: int = 6,
+    prob: float = 0.95,
+    axes: Axes | None = None,
 ) -> Axes:
     """The distribution of ranks of simulation-based calibration, less that of a calibrated posterior.
 
     Above 0 at the left and below at the right, the posterior is too narrow; the other way round, too wide; on one side
-    all along, it is shifted.
+    all along, it is shifted. Nine in ten numbers of a calibrated posterior stay within the band all along, or as many
+    as ``prob`` says.
 
     References:
         Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
-        Comparison (Saeilynoja, Buerkner and Vehtari, 2022) https://arxiv.org/abs/2103.10522
+        Comparison (Sailynoja, Buerkner and Vehtari, 2022) https://arxiv.org/abs/2103.10522
 
     Arguments:
-        ranks: ``[replications]`` of a number, or ``[replications, numbers]``, from 0 to ``draws``.
-        draws: of the posterior in each replication.
-        band: lower and upper limit of the distribution at ranks 0 to ``draws``, as ``ecdf_band`` gives.
-        label: of the line.
-        title: of the figure.
+        ranks: of ``simulation_based_calibration``.
+        names: of sites and quantities, or of single numbers such as ``"z[3]"``.
+        most: numbers to draw, where they are not named one by one.
+        prob: of the band, in (0, 1).
         axes: to draw into; new ones by default.
 
     Raises:
-        ValueError: for ranks that are not from 0 to ``draws``.
+        ValueError: for a name that is not there.
 
     Example:
-        >>> rank_ecdf(range(101), 100).get_xlabel()
-        'rank (share of the draws below)'
+        >>> import torch
+        >>> from pyro_ae.diagnostics.ranks import Ranks
+        >>> rank_ecdf(Ranks({"z": torch.randint(0, 101, (50, 2))}, 100)).get_ylabel()
+        'ECDF less uniform'
     """
-    values = array(ranks)
-    if values.ndim not in (1, 2) or not len(values) or values.min() < 0 or values.max() > draws:
-        raise ValueError(f"ranks must be [replications], or [replications, numbers], from 0 to {draws}")
-    values = values.reshape(len(values), -1)
-    at = np.arange(draws + 1)
-    x, uniform = at / draws, (at + 1) / (draws + 1)
-    axes = one(axes, 3.2, title=title or "Simulation-based calibration", x="rank (share of the draws below)",
-               y="ECDF less uniform")  # fmt: skip
-    if band is not None:
-        low, high = (array(edge) - uniform for edge in band)
-        axes.fill_between(x, low, high, color=GREY, alpha=0.5, linewidth=0, label="calibrated")
+    from ..ranks import ecdf_band
+
+    points, low, high = map(array, ecdf_band(ranks.replications, ranks.draws, prob))
+    title, x = f"Calibration, {ranks.replications} replications", "rank (share of the draws below)"
+    axes = one(axes, 3.4, title=title, x=x, y="ECDF less uniform")
+    axes.fill_between(points, low - points, high - points, color=GREY, alpha=0.5, linewidth=0, label="calibrated")
     axes.axhline(0.0, color=INK, linewidth=0.8)
-    for k, column in enumerate(values.T):
-        ecdf = np.searchsorted(np.sort(column), at, side="right") / len(column)
-        name = label if k == 0 else ""
-        axes.step(x, ecdf - uniform, where="post", color=CLASSES[k % len(CLASSES)], linewidth=1.3, label=name or None)
-    if label or band is not None:
-        legend(axes)
+    found = pick({name: ecdf.unsqueeze(0) for name, ecdf in ranks.ecdf().items()}, names, most)
+    for k, (label, ecdf) in enumerate(found):
+        color, style = CLASSES[k % len(CLASSES)], STYLES[k % 4]
+        axes.step(points, ecdf[0] - points, where="post", label=label, color=color, linestyle=style, linewidth=1.3)
+    legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return axes
 
 
-def coverage(
-    levels: Any, covered: Any, *, band: Band | None = None, label: str = "", title: str = "", axes: Axes | None = None
-) -> Axes:
+def coverage(found: Coverage | Mapping[str, Coverage], *, prob: float = 0.95, axes: Axes | None = None) -> Axes:
     """How often credible regions hold the truth, against how often they claim to.
 
     Below the diagonal the posterior is too sure of itself; above it, not sure enough.
@@ -74,31 +73,31 @@ def coverage(
         Perreault-Levasseur, 2023) https://arxiv.org/abs/2302.03026
 
     Arguments:
-        levels: ``[L]``, in [0, 1].
-        covered: share of truths in the region of each level, ``[L]``; or of several numbers, ``[L, numbers]``.
-        band: lower and upper limit of what a calibrated posterior gives, ``[L]`` each.
-        label: of the line.
-        title: of the figure.
+        found: of ``expected_coverage`` or ``central_coverage``; several by name, as ``simulated_coverage`` gives them.
+        prob: of the band within which a calibrated posterior stays all along, in (0, 1).
         axes: to draw into; new ones by default.
 
     Raises:
-        ValueError: for shapes that do not match.
+        ValueError: where there is none.
 
     Example:
-        >>> coverage([0.0, 0.5, 1.0], [0.0, 0.3, 1.0]).get_ylabel()
+        >>> import torch
+        >>> from pyro_ae.diagnostics.ranks import Coverage
+        >>> coverage(Coverage(torch.tensor([0.5, 0.9]), torch.tensor([0.3, 0.8]), 100)).get_ylabel()
         'share of truths in it'
     """
-    level, share = array(levels).astype(float), array(covered).astype(float)
-    if level.ndim != 1 or share.shape[:1] != level.shape or share.ndim > 2:
-        raise ValueError(f"covered must be [L] or [L, numbers] for the {len(level)} levels, got shape {share.shape}")
-    axes = one(axes, 4.6, title=title or "Coverage", x="level of the credible region", y="share of truths in it")
+    several = found if isinstance(found, Mapping) else {"": found}
+    if not several:
+        raise ValueError("there is no coverage to show")
+    axes = one(axes, 4.6, title="Coverage", x="level of the credible region", y="share of truths in it")
     axes.set_aspect("equal")
-    if band is not None:
-        axes.fill_between(level, *map(array, band), color=GREY, alpha=0.5, linewidth=0, label="calibrated")
+    points, low, high = map(array, next(iter(several.values())).band(prob))
+    axes.fill_between(points, low, high, color=GREY, alpha=0.5, linewidth=0, label="calibrated")
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8)
-    for k, column in enumerate(share.reshape(len(level), -1).T):
-        name = label if k == 0 else ""
-        axes.plot(level, column, STYLES[k % 4], color=[BLUE, *CLASSES[1:]][k % 10], linewidth=1.8, label=name or None)
-    if label or band is not None:
-        legend(axes)
+    for k, (name, one_site) in enumerate(several.items()):
+        color, style = CLASSES[k % len(CLASSES)], STYLES[k % 4]
+        for i, column in enumerate(array(one_site.coverage).reshape(len(one_site.levels), -1).T):
+            label = name if name and not i else None
+            axes.plot(array(one_site.levels), column, color=color, linestyle=style, linewidth=1.6, label=label)
+    legend(axes, loc="upper left")
     return axes

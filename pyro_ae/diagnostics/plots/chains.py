@@ -162,7 +162,7 @@ def energy(posterior: Posterior, *, axes: Axes | None = None) -> Axes:
     values = array(posterior.stats["energy"]).astype(float)
     levels = values - values.mean(1, keepdims=True)
     changes = np.diff(values, axis=1)
-    edges = np.histogram_bin_edges(np.concatenate([levels.ravel(), changes.ravel()]), 40)
+    edges = np.histogram_bin_edges(np.concatenate([levels.ravel(), changes.ravel()]), 40).tolist()
     axes = one(axes, 3.0, title="Energy", x="energy (nats)", y="density")
     axes.hist(levels.ravel(), edges, density=True, color=BLUE, alpha=0.35, label="about its mean")
     axes.hist(changes.ravel(), edges, density=True, histtype="step", color=ORANGE, linewidth=1.8, label="changes")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...draws import means
 from ...program import validation
 from ...sites import Recorder
+from ..rows import evenly
 from .style import GREY, WIDTH, array, figure
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def _spread(posterior: Posterior, data: Any, n: int) -> Tensor:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     size = _rows_of(posterior, data).need_size()
-    return torch.linspace(0, size - 1, min(n, size), device="cpu").round().long()
+    return evenly(size, n)
 
 
 def _of_rows(posterior: Posterior, data: Any, index: Tensor, read: Callable[[Any], Any]) -> Any:
