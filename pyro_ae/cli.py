@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         _quickstart,
         "train an autoencoder on images that come with the package, and look at what came of it",
         "Trains a variational autoencoder on 1297 small images of handwritten digits, with an importance-weighted "
-        "bound, in less than a minute. Says how good its posterior is on images it has not seen, and "
+        "bound, in about a minute. Says how good its posterior is on images it has not seen, and "
         "writes a page with figures and the posterior itself. Needs no network. Ctrl-C ends the training early and "
         "keeps the best so far.",
         ["pyro-ae quickstart", "pyro-ae quickstart --epochs 10 --out short", "pyro-ae quickstart --latent 2 --seed 1"],
@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         "--particles", type=_whole(1), metavar="K", help="draws of the guide in the bound (default: 16)"
     )
     quickstart.add_argument("--latent", type=_whole(1), metavar="D", help="size of an image's code (default: 16)")
+    quickstart.add_argument(
+        "--refine",
+        type=_whole(0),
+        metavar="N",
+        help="steps by which the codes of test images are refined after training (default: 200, about 20 s)",
+    )
     quickstart.add_argument(
         "--seed", type=_whole(0), default=0, metavar="N", help="makes the run repeatable (default: 0)"
     )
@@ -192,7 +198,7 @@ def _whole(least: int) -> Callable[[str], int]:
 def _quickstart(arguments: argparse.Namespace) -> None:
     from .quickstart import run
 
-    options = {name: getattr(arguments, name) for name in ("epochs", "particles", "latent")}
+    options = {name: getattr(arguments, name) for name in ("epochs", "particles", "latent", "refine")}
     given = {name: value for name, value in options.items() if value is not None}
     run(arguments.out, seed=arguments.seed, device=arguments.device, **given)
 

@@ -223,7 +223,7 @@ class Posterior:
         parts = [log_evidence(self.program, batch, particles) for batch in self._chunks(data, particles)]
         return torch.cat(parts) if parts[0].dim() else parts[0]
 
-    def with_guide(self, guide: Guide) -> Posterior:
+    def with_guide(self, guide: Guide, *, data: Any = None) -> Posterior:
         """The posterior of the same model, with its parameters as they are, that another guide gives.
 
         Such a guide is one that draws better than it was trained to, such as ``ImportanceWeighted(posterior.model,
@@ -231,14 +231,16 @@ class Posterior:
 
         Arguments:
             guide: samples the latents, with the model's arguments.
+            data: rows, in place of those of the fit.
 
         Raises:
             ValueError: without data, or where the guide does not fit the model.
         """
-        batch = self._rows(None).first(self.batch_size)
+        held = self._rows(data)
+        batch = held.first(self.batch_size)
         program = self.program.with_guide(guide, batch, minibatched=self.batch_size is not None)
         method = f"{self.method}, then {getattr(guide, '__name__', type(guide).__name__)}"
-        return Posterior(program, data=self.data, method=method, history=self.history, batch_size=self.batch_size)
+        return Posterior(program, data=held, method=method, history=self.history, batch_size=self.batch_size)
 
     # -- local latents -------------------------------------------------------------------------------------
 

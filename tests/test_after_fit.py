@@ -17,10 +17,14 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 from truth import biased_guide, untrained
 
-from pyro_ae import Posterior, PosteriorWarning, batch_plate, fit, nuts, svi
+from pyro_ae import Posterior, PosteriorWarning, batch_plate, elbo, fit, importance, nuts, svi
 from pyro_ae.diagnostics import after_fit
 from pyro_ae.diagnostics.report import report
+from pyro_ae.guides.amortized import Amortized
+from pyro_ae.guides.full_rank import FullRank
+from pyro_ae.guides.mean_field import MeanField
 from pyro_ae.models import ppca
+from pyro_ae.nn import MLP
 
 
 def gaussian(y: Tensor) -> None:
@@ -110,6 +114,51 @@ def test_draws_without_chains_are_not_judged_as_chains(method: str, verdict: str
     found = posterior.report()
     assert found.verdict == verdict and words in found.reasons[0]
     assert "r_hat" not in found.figures and "ess_bulk" not in found.figures
+
+
+@pytest.mark.parametrize(
+    ("family", "blamed", "cure"),
+    [(FullRank, "amortisation", "SemiAmortized"), (MeanField, "approximation", "FullRank")],
+)
+def test_a_gap_is_blamed_on_the_encoder_or_on_its_family(family: Any, blamed: str, cure: str) -> None:
+    """A row's posterior with strongly correlated dims, and an encoder that is trained for other rows or for these."""
+
+    def model(x: Tensor) -> None:
+        with batch_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True) + 0.1 * z, 0.1).to_event(1), obs=x)
+
+    x = torch.randn(30, 1) + 0.1 * torch.randn(30, 2)
+    guide = Amortized(MLP(2, [16]), family(16, 2))
+    method = svi(lr=1e-2, steps=1500, loss=importance(elbo, 4))
+    posterior = fit(model, x, guide=guide, method=method, seed=0, progress=False)
+    found = posterior.report(x + 3.0 if blamed == "amortisation" else x)
+    other = {"amortisation": "approximation", "approximation": "amortisation"}[blamed]
+    assert found.figures["gap"] > 0.5
+    assert found.figures[f"{blamed}_gap"] > 2 * found.figures[f"{other}_gap"]
+    assert cure in " ".join(found.reasons) and f"{found.figures['amortisation_gap']:.2f} nats" in " ".join(
+        found.reasons
+    )
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_collapsed_latent_is_called_so(used: bool) -> None:
+    def model(x: Tensor) -> None:
+        with batch_plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z if used else 0.0 * z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with batch_plate(x):
+            mean, scale = (x / 2, 0.5**0.5) if used else (torch.zeros_like(x), 1.0)
+            pyro.sample("z", dist.Normal(mean, scale).to_event(1))
+
+    found = report(untrained(model, guide, torch.randn(50, 2)))
+    words = " ".join(found.reasons)
+    assert ("The latent 'z' has collapsed" in words) == (not used)
+    assert (found.verdict, found.figures["active_units"]) == (("good", 2) if used else ("usable", 0))
+    assert found.figures["kl"] == pytest.approx(0.0, abs=1e-6) if not used else found.figures["kl"] > 0.3
+    assert found.figures["k_hat_median"] < 0.5, "as an approximation it is exact either way"
 
 
 # -- after a fit -----------------------------------------------------------------------------------------------

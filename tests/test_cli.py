@@ -30,7 +30,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile("w+") as stream:
         patch.chdir(folder)
         patch.setattr(sys, "stdout", stream)
-        assert main(["quickstart", "--epochs", "2", "--particles", "2", "--latent", "3"]) == 0
+        assert main(["quickstart", "--epochs", "2", "--particles", "2", "--latent", "3", "--refine", "5"]) == 0
         stream.seek(0)
         yield folder, stream.read()
 
@@ -40,6 +40,7 @@ def test_quickstart_says_what_it_does_and_what_came_of_it(short: tuple[Path, str
     assert re.match(r"Training a VAE on 1297 images.* 2 particles, 2 epochs, about 5 s", text)
     assert re.search(r"log p\(x\) of a test image is at least -\d+\.\d\d nats", text)
     assert re.search(r"The posterior of the codes is (good|usable|poor):\n  - ", text)
+    assert re.search(r"Refined for each image by itself, it is (good|usable|poor):\n  - ", text)
     assert sorted(path.name for path in (folder / "quickstart").iterdir()) == ["posterior", "report.html"]
 
 
@@ -285,7 +286,7 @@ def test_page_of_the_quickstart_is_whole_and_self_contained(short: tuple[Path, s
     text = (short[0] / "quickstart" / "report.html").read_text(encoding="utf-8")
     checked = Checker(text)
     assert not checked.faults
-    assert checked.seen.count("img") == checked.seen.count("figure") == 7
+    assert checked.seen.count("img") == checked.seen.count("figure") == 8
     assert checked.seen.count("h1") == 1 and "script" not in checked.seen
     assert not re.search(r"url\(|@import", text)
     for words in (
@@ -293,6 +294,7 @@ def test_page_of_the_quickstart_is_whole_and_self_contained(short: tuple[Path, s
         "Reconstructions",
         "New digits",
         "Latent space",
+        "Posterior of the refined codes: ",
         "Training",
         "Next steps",
         "How to cite",

@@ -19,6 +19,7 @@ from ..particles import part_sizes
 from ..sites import Layout, inspect_sites, quote
 from ..types import Guide, Model
 from . import plots
+from .amortisation import amortisation_gap
 from .findings import GOOD, POOR, USABLE, Findings
 from .groups import View, at_draws, look
 from .importance import effective_sample_size, pareto_k
@@ -29,12 +30,20 @@ from .units import active_units
 if TYPE_CHECKING:
     from ..posterior import Posterior
 
+GAP = 0.5
+"""Nats from the ELBO to IWAE up to which draws can be used as they are."""
 BUDGET = 2**32
 """Elements of the largest site, over all particles, that a joint check may take."""
 RICHER = (
     "use a richer guide (the head FullRank, Mixture or Flow in Amortized or Shared), train it with more particles "
     "(importance(iwae, 10)) or for longer, or sample with nuts"
 )
+REFINE = (
+    "refine the encoder's answer for each row (the guide SemiAmortized, in posterior.with_guide), or use a larger "
+    "encoder, more rows or longer training; another head alone will not do"
+)
+REFINED_ROWS = 20
+"""Rows on which the encoder's part of a gap is told from its family's."""
 
 T = TypeVar("T")
 
@@ -79,8 +88,10 @@ def check_guide(
         return
     model, guide = program.model.fn, program.guide.fn
     if view.common:
-        log_w = _log_weights(model, guide, some, view.layout, particles)
-        _rows_findings(found, _take(log_w, index), numbers(held, rows), "")
+        log_w = _take(_log_weights(model, guide, some, view.layout, particles), index)
+        cure, blame = _blame(found, posterior, data, log_w) if posterior.local and latents else (RICHER, {})
+        _rows_findings(found, log_w, numbers(held, rows), "", cure)
+        found.figures |= blame
     else:
         most = max(100, BUDGET // view.largest)
         _joint_findings(
@@ -106,7 +117,25 @@ def _log_weights(model: Model, guide: Guide, batch: Call, layout: Layout, partic
     return torch.cat(parts)
 
 
-def _rows_findings(found: Findings, log_w: Tensor, numbers: Tensor | None, given: str) -> None:
+def _blame(found: Findings, posterior: Posterior, data: Any, log_w: Tensor) -> tuple[str, dict[str, float]]:
+    """What to do about the gap of the rows, which is the encoder's or that of its family, and how large each is."""
+    if not float((iwae(log_w) - elbo(log_w)).mean()) > GAP or not hasattr(posterior.guide, "site_heads"):
+        return RICHER, {}  # nothing to blame, or no encoder whose answers could be refined at little cost
+    try:
+        gaps = amortisation_gap(posterior, data, rows=REFINED_ROWS, steps=200)
+    except ValueError:  # a guide that cannot be refined
+        return RICHER, {}
+    encoder, family = float(gaps.amortisation.mean()), float(gaps.approximation.mean())
+    figures = {"amortisation_gap": encoder, "approximation_gap": family}
+    of = f"Of the gap from ELBO to log p(x), {encoder:.2f} nats a row are the encoder's and {family:.2f} its family's"
+    if encoder > family:
+        found.add(USABLE, f"{of}: the best distributions of that family are much nearer to the posterior than its own.")
+        return REFINE, figures
+    found.add(USABLE, f"{of}: no encoder can do much better with this family of distributions.")
+    return RICHER, figures
+
+
+def _rows_findings(found: Findings, log_w: Tensor, numbers: Tensor | None, given: str, cure: str = RICHER) -> None:
     """What the weights say of rows that are weighed one by one."""
     particles, rows = log_w.shape
     if not _finite(found, log_w):
@@ -139,7 +168,7 @@ def _rows_findings(found: Findings, log_w: Tensor, numbers: Tensor | None, given
         found.add(GOOD, f"{text}: the guide reaches the tails of the posterior.")
     else:
         level = USABLE if bad <= 0.25 and median <= 0.7 else POOR
-        found.add(level, f"{text}, where the guide is too narrow or misplaced: {RICHER}.")
+        found.add(level, f"{text}, where the guide is too narrow or misplaced: {cure}.")
     _worth(found, share, gap, given=given)
 
 
@@ -169,12 +198,12 @@ def _worth(found: Findings, share: float, gap: float, *, given: str = "", joint:
     """What the draws are worth as they are, and with their weights; ``joint`` is how bad joint weights can be."""
     text = f"The {'joint gap' if joint else 'gap'} from ELBO to IWAE is {max(gap, 0.0):.2f} nats"
     text += "" if joint else f" a row{given}"
-    if gap <= 0.5:
+    if gap <= GAP:
         found.add(GOOD, f"{text}: the draws can be used as they are.")
     else:
         cure = (
             "weigh them (sample_stats of to_arviz has log_weight), resample them (the guide ImportanceWeighted, in "
-            "posterior.with_guide), or use a richer guide"
+            "posterior.with_guide), or use a nearer guide"
         )
         found.add(USABLE, f"{text}, over 0.5, so the draws differ from the posterior's as they are: {cure}.")
     text = f"{'Jointly weighted' if joint else 'Weighted'}, the draws are worth {share:.1%} of as many of the posterior"
@@ -183,7 +212,7 @@ def _worth(found: Findings, share: float, gap: float, *, given: str = "", joint:
         found.add(GOOD, f"{text}: averages over them need {1 / share:.1f} times as many draws.")
     else:
         level = min(joint or POOR, USABLE if share >= 0.01 else POOR)
-        found.add(level, f"{text}, under 10%: averages need {1 / share:.0f} times as many draws, or a richer guide.")
+        found.add(level, f"{text}, under 10%: averages need {1 / share:.0f} times as many draws, or a nearer guide.")
 
 
 def _of(k: float) -> str:

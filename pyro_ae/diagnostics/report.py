@@ -44,6 +44,8 @@ MEANING = {
     "elbo": "ELBO of a row (nats)",
     "iwae": "importance-weighted bound of a row (nats)",
     "gap": "gap between the two (nats)",
+    "amortisation_gap": "of the gap to log p(x), what is the encoder's (nats)",
+    "approximation_gap": "and what is its family's (nats)",
     "joint_particles": "draws of all latents together",
     "joint_k_hat": "Pareto k-hat of all latents together",
     "joint_ess_share": "what a jointly weighted draw is worth",
