@@ -141,24 +141,24 @@ def test_a_gap_is_blamed_on_the_encoder_or_on_its_family(family: Any, blamed: st
     )
 
 
-@pytest.mark.parametrize("used", [False, True])
-def test_a_collapsed_latent_is_called_so(used: bool) -> None:
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_a_latent_that_collapsed_as_a_whole_is_called_so(used: int) -> None:
+    there = (torch.arange(2) < used).float()
+
     def model(x: Tensor) -> None:
         with batch_plate(x):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z if used else 0.0 * z, 1.0).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(there * z, 1.0).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
         with batch_plate(x):
-            mean, scale = (x / 2, 0.5**0.5) if used else (torch.zeros_like(x), 1.0)
-            pyro.sample("z", dist.Normal(mean, scale).to_event(1))
+            pyro.sample("z", dist.Normal(there * x / 2, 0.5 ** (there / 2)).to_event(1))
 
     found = report(untrained(model, guide, torch.randn(50, 2)))
-    words = " ".join(found.reasons)
-    assert ("The latent 'z' has collapsed" in words) == (not used)
-    assert (found.verdict, found.figures["active_units"]) == (("good", 2) if used else ("usable", 0))
-    assert found.figures["kl"] == pytest.approx(0.0, abs=1e-6) if not used else found.figures["kl"] > 0.3
-    assert found.figures["k_hat_median"] < 0.5, "as an approximation it is exact either way"
+    assert ("The latent 'z' has collapsed" in " ".join(found.reasons)) == (used == 0)
+    assert (found.verdict, found.figures["active_units"]) == ("good" if used else "usable", used)
+    assert found.figures["kl"] > 0.15 * used or found.figures["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert found.figures["k_hat_median"] < 0.5, "as an approximation it is exact, used or not"
 
 
 # -- after a fit -----------------------------------------------------------------------------------------------
