@@ -25,8 +25,8 @@ def rank_ecdf(
     """The distribution of ranks of simulation-based calibration, less that of a calibrated posterior.
 
     Above 0 at the left and below at the right, the posterior is too narrow; the other way round, too wide; on one side
-    all along, it is shifted. Nine in ten numbers of a calibrated posterior stay within the band all along, or as many
-    as ``prob`` says.
+    all along, it is shifted. A number of a calibrated posterior stays within the band all along with probability
+    ``prob``.
 
     References:
         Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
