@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from pyro_ae import Posterior, batch_plate, fit, nuts, svi
-from pyro_ae.diagnostics import page, plots
+from pyro_ae.diagnostics import entries, page, plots
 from pyro_ae.diagnostics.entries import label, pick
 from pyro_ae.diagnostics.ranks import Coverage, Ranks
 from pyro_ae.guides.amortized import Amortized
@@ -203,7 +203,7 @@ def test_figures_of_chains(funnel: Posterior, names: list[str] | None, tmp_path:
     assert trace[-1, 1].get_xlabel() == "draw" and rank[-1].get_xlabel()
     if len(expected) > 1:
         pairs = plots.pair(funnel, names)
-        assert pairs.shape == (min(len(expected), 3) - 1,) * 2 or names is not None
+        assert pairs.shape == (min(len(expected), 3) - 1,) * 2
         pairs[0, 0].figure.savefig(tmp_path / "figure.png")
     else:
         with pytest.raises(ValueError, match="only v"):
@@ -230,8 +230,16 @@ def test_numbers_are_picked_from_every_site() -> None:
     assert [name for name, _ in pick(draws, None, 3)] == ["a[0, 0]", "a[0, 1]", "b"]
     (found,) = pick(draws, ["a[1, 2]"], 1)
     assert found[0] == "a[1, 2]" and found[1].tolist() == draws["a"][:, :, 1, 2].tolist()
-    with pytest.raises(ValueError, match=re.escape("there is no 'c'; the sites are 'a', 'b'")):
-        list(pick(draws, ["c"], 3))
+    for wrong in ("c", "a[2, 0]", "a[1]", "b[0]"):
+        with pytest.raises(ValueError, match=re.escape(f"there is no '{wrong}'; the sites are 'a', 'b'")):
+            list(pick(draws, [wrong], 3))
+
+
+def test_numbers_of_a_large_network_are_picked_without_naming_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    monkeypatch.setattr(entries, "label", lambda name, shape, i: called.append(i) or f"{name}[{i}]")
+    draws = {"w": torch.zeros(1, 2, 1000, 1000), "b": torch.zeros(1, 2, 1000)}
+    assert [name for name, _ in pick(draws, None, 4)] == ["w[0]", "w[1]", "b[0]", "b[1]"] and len(called) == 4
 
 
 def test_images_of_chains_that_drew_the_codes() -> None:

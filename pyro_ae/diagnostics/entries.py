@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -39,27 +39,37 @@ def pick(sites: Mapping[str, Tensor], names: Sequence[str] | None, most: int) ->
 
     Arguments:
         sites: name to draws ``[chains, draws, *shape]``.
-        names: of sites, or of single numbers such as ``"theta[3]"``; the first of each site in turn by default.
+        names: of sites, or of single numbers such as ``"theta[3]"``; some of each site by default.
         most: how many, at most, where they are not named one by one.
 
     Raises:
         ValueError: for a name that is not there.
     """
-    flat = {n: columns(v) for n, v in sites.items()}
-    labels = {n: [label(n, v.shape[2:], i) for i in range(flat[n].shape[2])] for n, v in sites.items()}
-    found: list[tuple[str, int]] = []
-    for name in sites if names is None else names:
-        if name in sites:
-            found += [(name, i) for i in range(flat[name].shape[2])]
-            continue
-        where = [(site, of.index(name)) for site, of in labels.items() if name in of]
-        if not where:
-            known = ", ".join(map(repr, sites))
-            raise ValueError(f"there is no {name!r}; the sites are {known}, and a single number is called 'site[0, 1]'")
-        found += where
-    if len(found) > most and any(n in sites for n in (names or sites)):
-        share = math.ceil(most / len({site for site, _ in found}))
-        some = [(s, i) for k, (s, i) in enumerate(found) if sum(s == other for other, _ in found[:k]) < share]
-        found = some[:most]
-    for site, i in found:
-        yield labels[site][i], flat[site][..., i].numpy()
+    named = list(sites if names is None else names)
+    counts = _shares({n: sites[n].shape[2:].numel() for n in named if n in sites}, most)
+    for name in named:
+        site, numbers = (name, range(counts[name])) if name in sites else _parse(sites, name)
+        flat = sites[site].reshape(*sites[site].shape[:2], -1)
+        for i in numbers:
+            yield label(site, sites[site].shape[2:], i), columns(flat[..., i])[..., 0].numpy()
+
+
+def _shares(sizes: Mapping[str, int], most: int) -> dict[str, int]:
+    """How many numbers of each site, dealt out in turn until there are ``most`` or no more."""
+    counts = dict.fromkeys(sizes, 0)
+    while sum(counts.values()) < min(most, sum(sizes.values())):
+        for name in sizes:
+            if counts[name] < sizes[name] and sum(counts.values()) < most:
+                counts[name] += 1
+    return counts
+
+
+def _parse(sites: Mapping[str, Tensor], name: str) -> tuple[str, list[int]]:
+    """The site and the place of a single number, from what it is called."""
+    found = re.fullmatch(r"(.*)\[(\d+(?:, ?\d+)*)\]", name)
+    if found and found[1] in sites:
+        shape, where = sites[found[1]].shape[2:], [int(k) for k in found[2].split(",")]
+        if len(where) == len(shape) and all(k < size for k, size in zip(where, shape, strict=True)):
+            return found[1], [int(np.ravel_multi_index(where, tuple(shape)))]
+    known = ", ".join(map(repr, sites))
+    raise ValueError(f"there is no {name!r}; the sites are {known}, and a single number is called 'site[0, 1]'")
