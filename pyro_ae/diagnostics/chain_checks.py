@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ENTRIES = 500
 """Numbers of a model, at most, whose R-hat and ESS are worked out."""
+MOVING = 10
+"""Times as many are looked at for being fixed by their support, which are not judged."""
 WORST = 3
 """Numbers that are drawn, those that mix worst."""
 
@@ -101,9 +103,11 @@ def _mixing(found: Findings, sites: dict[str, Tensor], entries: int) -> list[str
         return []
     rhat, bulk, tail, error = {}, {}, {}, {}
     for name, value in sites.items():
-        flat = columns(value)
+        share = max(1, entries // len(sites))
+        some = torch.randperm(value.shape[2:].numel())[: MOVING * share]
+        flat = columns(value.reshape(chains, draws, -1)[..., some])  # not all of a large network, nor of draws on disk
         moves = ~(flat == flat[:1, :1]).all(0).all(0)  # others are fixed by the support, as in a Cholesky factor
-        if not torch.isfinite(flat).all():
+        if not torch.isfinite(value).all():
             found.add(POOR, f"Site '{name}' has draws that are not finite: look at its prior and its support.")
             continue
         if not moves.any():
@@ -111,10 +115,8 @@ def _mixing(found: Findings, sites: dict[str, Tensor], entries: int) -> list[str
                 POOR, f"The draws of site '{name}' are all the same: the chains never moved. Lengthen the warmup."
             )
             continue
-        index = moves.nonzero().squeeze(-1)
-        index = index[torch.randperm(len(index))[: max(1, entries // len(sites))]]
-        for i in index.tolist():
-            called = label(name, value.shape[2:], i)
+        for i in moves.nonzero().squeeze(-1)[:share].tolist():
+            called = label(name, value.shape[2:], int(some[i]))
             rhat[called], bulk[called], tail[called], error[called] = _measure(flat[..., i].numpy())
     if not rhat:
         return []

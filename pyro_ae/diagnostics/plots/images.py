@@ -256,8 +256,12 @@ def uncertainty(posterior: Posterior, data: Any = None, n: int = 10, draws: int 
     index = _spread(posterior, data, n)
     seen = _of_rows(posterior, data, index, lambda rows: _observed(posterior, rows))
     most = posterior._at_most(draws)
-    mean = _of_rows(posterior, data, index, lambda rows: _images_only(posterior.uncertainty(rows, most)).mean)
-    spread = _of_rows(posterior, data, index, lambda rows: posterior.uncertainty(rows, most).epistemic).sqrt()
+
+    def read(rows: Any) -> Tensor:
+        found: Any = _images_only(posterior.uncertainty(rows, most))
+        return torch.stack([found.mean, found.epistemic.sqrt()], 1)
+
+    mean, spread = _of_rows(posterior, data, index, read).unbind(1)
     names = ["image", "mean", "sd"]
     tall = [_canvas([_channels_last(array(seen))] * k, min(len(seen), 10))[0].shape for k in (2, 1)]
     heights = [(WIDTH - _margin(names) - 0.05) * lines / dots for lines, dots, *_ in tall]
