@@ -100,8 +100,8 @@ def check_guide(
         if posterior.local:
             _given_shared(found, posterior, found_rows, some, view, particles, numbers(held, rows))
     if posterior.local and latents:
-        _units(found, posterior, some, view, index)
-        _information(found, posterior, data, rows)
+        means = _information(found, posterior, data, rows)
+        _units(found, posterior, some, view, index, means)
 
 
 def _take(values: Tensor, index: Tensor | None) -> Tensor:
@@ -261,14 +261,18 @@ def _given_shared(
         _rows_findings(found, _take(log_w, index), numbers, " given one draw of the shared latents")
 
 
-def _units(found: Findings, posterior: Posterior, batch: Call, view: View, index: Tensor | None) -> None:
-    """How many dimensions of the rows' real latents move with the data."""
+def _units(
+    found: Findings, posterior: Posterior, batch: Call, view: View, index: Tensor | None, known: dict[str, Tensor]
+) -> None:
+    """How many dimensions of the rows' real latents move with the data, of which some have ``known`` means."""
     real = [n for n in posterior.local if _is_real(view.layout.model[n].support)]
     if not real:
         return
-    means = {n: v for n, v in encode(posterior.program, batch, 100).items() if n in real}
-    means = {n: v if index is None else v[index] for n, v in means.items()}
-    means = {n: v.flatten(1) if v.dim() > 1 else v.unsqueeze(1) for n, v in means.items() if len(v) > 1}
+    means = {n: known[n] for n in real if n in known}
+    if len(means) < len(real):
+        others = {n: v for n, v in encode(posterior.program, batch, 100).items() if n in real and n not in known}
+        others = {n: v if index is None else v[index] for n, v in others.items()}
+        means |= {n: v.flatten(1) if v.dim() > 1 else v.unsqueeze(1) for n, v in others.items() if len(v) > 1}
     if not means:
         return
     active = sum(int(active_units(v).sum()) for v in means.values())
@@ -282,12 +286,12 @@ def _units(found: Findings, posterior: Posterior, batch: Call, view: View, index
         )
 
 
-def _information(found: Findings, posterior: Posterior, data: Any, rows: int) -> None:
-    """What the rows' latents say about them, where the guide has a density to go by."""
+def _information(found: Findings, posterior: Posterior, data: Any, rows: int) -> dict[str, Tensor]:
+    """What the rows' latents say about them, where the guide has a density to go by; and their means, ``[N, d]``."""
     try:
         summaries = latent_summaries(posterior, data, rows=rows, seed=None).sites.values()
     except ValueError:
-        return
+        return {}
     found.figures["kl"] = sum(s.rate for s in summaries)
     for s in summaries:
         if s.information is not None and len(summaries) == 1:
@@ -307,6 +311,7 @@ def _information(found: Findings, posterior: Posterior, data: Any, rows: int) ->
             "The posterior of a passive dim is the prior's for every row; that of a mixed one, for some.",
             partial(plots.kl, s.kl.mean(0), None if s.kinds is None else s.kinds.names),
         )
+    return {s.site: s.mean for s in summaries}
 
 
 def _is_real(support: Any) -> bool:
