@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
@@ -80,8 +81,6 @@ class Bayesian(nn.Module):
         for places, owners, parameter in _tensors(self.module):
             if fixed.isdisjoint(places):
                 self._make_latent(places, owners, parameter, prior)
-        if not self.weights:
-            raise ValueError(f"deterministic={patterns} leaves no weight of the network to be a latent: leave some out")
         learnt = {id(w.prior): w.prior for w in self.weights if isinstance(w.prior, nn.Module)}
         self.priors = nn.ModuleList(learnt.values())
         with torch.no_grad(), torch.random.fork_rng(devices=()), pyro.poutine.block():
@@ -107,8 +106,15 @@ class Bayesian(nn.Module):
             for i, w in enumerate(self.weights)
         ]
         run = partial(self._run, kwargs=kwargs)
-        depth = max(v.dim() - self._initial(w).dim() for w, v in zip(self.weights, values, strict=True))
-        return run(values, inputs) if depth == 0 else self._particles(run, values, inputs, depth)
+        depth = max((v.dim() - self._initial(w).dim() for w, v in zip(self.weights, values, strict=True)), default=0)
+        if depth:
+            return self._particles(run, values, inputs, depth)
+        if len(inputs) == 1 and isinstance(self.event_dims, int) and inputs[0].dim() > self.event_dims + 1:
+            # particles that another network brought, which convolutions refuse beside the rows
+            leading = inputs[0].shape[: inputs[0].dim() - self.event_dims]
+            out = run(values, (inputs[0].flatten(0, len(leading) - 1),))
+            return tree_map(lambda y: y.unflatten(0, leading), out)
+        return run(values, inputs)
 
     def _run(self, values: Sequence[Tensor], inputs: tuple, kwargs: dict[str, Any]) -> Any:
         named = {place: v for w, v in zip(self.weights, values, strict=True) for place in w.places}
@@ -219,7 +225,8 @@ class Bayesian(nn.Module):
                 learns = True
                 pyro.param(f"{self.name}$$${name}", p)
         x = next((x for x in inputs if isinstance(x, Tensor)), None)
-        if not learns and x is not None and x.device != self._initial(self.weights[0]).device:
+        held = next(chain(self.parameters(), self.buffers()))
+        if not learns and x is not None and x.device != held.device:
             self.to(x.device)
 
     def train(self, mode: bool = True) -> Bayesian:
@@ -270,7 +277,7 @@ def bayesian(
 
     Raises:
         ValueError: for layers that mix rows or draw noise outside the deterministic part, lazy layers, a pattern that
-            matches nothing, no latent weight, a weight without a prior; when called, for shapes that do not fit.
+            matches nothing, a weight without a prior; when called, for shapes that do not fit.
 
     Example:
         >>> from pyro_ae.priors import fan_in

@@ -75,6 +75,23 @@ def replay(
         return _chunked(particles, layout, part)
 
 
+def average(
+    program: Program,
+    values: Draws,
+    batch: Call,
+    names: Callable[[Layout], list[str]],
+    of: Callable[[dict], Tensor],
+) -> dict[str, Tensor]:
+    """What is read of sites, averaged over draws, of which only some are held at a time: site to ``[*shape]``."""
+
+    def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
+        found = gather(runs, names(layout), layout.model, k, of)
+        return {n: k * v.mean(0, keepdim=True) for n, v in found.items()}
+
+    sums = replay(program, values, batch, read)
+    return {n: v.sum(0) / (len(next(iter(values.values()))) if values else 1) for n, v in sums.items()}
+
+
 def means(program: Program, values: Draws, batch: Call) -> dict[str, Tensor]:
     """The likelihood's mean of each observed site at draws of the latents, ``[draws, *shape]``."""
 

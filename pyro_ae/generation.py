@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .coding import codes
 from .data import Call, LoadedRows
 from .draws import mean_or_value, replay
 from .particles import gather
@@ -29,15 +30,14 @@ def generate(
     drawn = posterior.sample(posterior._at_most(n)) if shared else {}
     values = {s: v.repeat(-(-n // len(v)), *(1,) * (v.dim() - 1))[:n] for s, v in drawn.items() if s in shared}
     rows = 1 if shared else n  # a draw of what is shared for each row
-    codes = {} if density is None else _new_codes(posterior, n, density, code, data)
-    if codes:
-        values |= {s: z.reshape(-1, rows, *z.shape[1:]) for s, z in codes.items()}
+    new = {} if density is None else _new_codes(posterior, n, density, code, data)
+    values |= {s: z.reshape(-1, rows, *z.shape[1:]) for s, z in new.items()}
     batch = _blank(posterior, rows)
 
     def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:
         # what was observed in the fit is a latent where the model is given nothing to observe
         free = [m for m in layout.names("latent") if m in program.layout.names("observed")]
-        ignored = [s for s in codes if s not in layout.names("latent")]
+        ignored = [s for s in new if s not in layout.names("latent")]
         if ignored:
             raise ValueError(
                 f"without rows to observe, the model does not sample {quote(ignored)}, so it cannot be given codes "
@@ -53,19 +53,9 @@ def generate(
 
 def _new_codes(posterior: Posterior, n: int, density: LatentDensity, code: str | None, data: Any) -> dict[str, Tensor]:
     """Codes ``[n, *event]`` of each site from a density that is fitted to those of the data."""
-    if code is not None and code not in posterior.local:
-        codes = {code: posterior.predict(data, sites=[code])[code].mean(0)}
-    elif posterior.local:
-        found = posterior.encode(data)
-        codes = found if isinstance(found, dict) else {posterior.local[0]: found}
-        codes = {s: z for s, z in codes.items() if code in (None, s)}
-    else:
-        raise ValueError(
-            "a density is of codes, and the model has no latent for each row: name the site of its codes, such as "
-            "code='z' where they are by pyro.deterministic"
-        )
-    shapes = {s: z.shape[1:] for s, z in codes.items()}
-    drawn = density(torch.cat([z.flatten(1) for z in codes.values()], 1)).sample((n,))
+    found = codes(posterior, data, 100, code)
+    shapes = {s: z.shape[1:] for s, z in found.items()}
+    drawn = density(torch.cat([z.flatten(1) for z in found.values()], 1)).sample((n,))
     parts = drawn.split([shape.numel() for shape in shapes.values()], 1)
     return {s: part.reshape(n, *shape) for (s, shape), part in zip(shapes.items(), parts, strict=True)}
 

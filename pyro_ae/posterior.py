@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .data import Call, LoadedRows, Rows, as_rows
-from .draws import draw, encode, log_evidence, log_likelihood, means, replay, row_chunks
+from .draws import draw, log_evidence, log_likelihood, replay, row_chunks
 from .particles import gather
 from .prediction import predict_moments
 from .program import Program
@@ -245,49 +245,47 @@ class Posterior:
     # -- local latents -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, data: Any = None, draws: int = 100) -> Any:
-        """The posterior mean of each row's latents.
+    def encode(self, data: Any = None, draws: int = 100, *, code: str | None = None) -> Any:
+        """The posterior mean of each row's codes.
 
         It is the mean of the guide's distribution where the guide has one site, else an average over draws.
 
         Arguments:
             data: rows; those of the fit by default.
-            draws: to average over where there is no closed form.
+            draws: to average over where there is no closed form; at most those there are.
+            code: the site of the codes; by default the latents of the rows, and without any ``"z"`` by
+                ``pyro.deterministic``, as a Bayesian autoencoder has it.
 
         Returns:
             ``[N, *event]`` on the CPU, or a dict of them where rows have several latent sites.
 
         Raises:
-            ValueError: where the model has no latent for each row, or was fitted by a sampler and is given new rows.
+            ValueError: where the model has no codes, or was fitted by a sampler and is given new rows that have latents
+                of their own.
         """
-        self._need_local("encode")
-        if self.draws is not None or self.program.guide is None:
-            values = self.sample(None, data)
-            return _one({n: values[n].mean(0) for n in self.local})
-        parts = [encode(self.program, batch, draws) for batch in self._chunks(data, 1)]
-        return _one({n: torch.cat([p[n] for p in parts]) for n in parts[0]})
+        from .coding import codes
+
+        return _one(codes(self, data, draws, code))
 
     @torch.no_grad()
     def reconstruct(self, data: Any = None, draws: int = 10) -> Any:
         """The mean of the likelihood, averaged over draws of the latents given each row.
 
+        Its uncertainty, as a standard deviation for each value, is ``posterior.uncertainty(data).epistemic.sqrt()``.
+
         Arguments:
             data: rows; those of the fit by default.
-            draws: to average over.
+            draws: to average over, of those there are.
 
         Returns:
             ``[N, *event]`` on the CPU, or a dict of them where the model observes several sites.
 
         Raises:
-            ValueError: where the model has no latent for each row.
+            ValueError: as :meth:`encode` does.
         """
-        self._need_local("reconstruct")
-        if self.draws is not None:
-            parts = [means(self.program, self.sample(self._at_most(draws), data), self._rows(data).call())]
-        else:
-            chunks = self._chunks(data, draws)
-            parts = [means(self.program, draw(self.program, draws, batch), batch) for batch in chunks]
-        return _one({n: torch.cat([p[n].mean(0) for p in parts]) for n in parts[0]})
+        from .coding import reconstruct
+
+        return _one(reconstruct(self, data, draws))
 
     @torch.no_grad()
     def generate(

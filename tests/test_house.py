@@ -189,6 +189,7 @@ LAYERS = [
         "program",
         "draws",
         "prediction",
+        "coding",
         "diagnostics",
         "generation",
         "describe",

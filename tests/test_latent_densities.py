@@ -125,8 +125,9 @@ def test_codes_of_an_autoencoder_whose_weights_are_latent():
     posterior = fit(model, x, method=sghmc(warmup=5, draws=4, thinning=1, chains=2), seed=0, progress=False)
     assert posterior.generate(11).shape == (11, 6)
     assert posterior.generate(11, density=gaussian(), code="z").shape == (11, 6)
-    with pytest.raises(ValueError, match="name the site of its codes"):
-        posterior.generate(3, density=gaussian())
+    assert posterior.generate(11, density=gaussian()).shape == (11, 6)
+    with pytest.raises(ValueError, match="no site 'code'"):
+        posterior.generate(3, density=gaussian(), code="code")
 
 
 @pytest.mark.parametrize(
