@@ -12,36 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_ae.bayesian import STANDARD, Bayesian, Priors
+from pyro_ae.continuous_bernoulli import ContinuousBernoulli
 from pyro_ae.data import fill_missing, observe
 from pyro_ae.plates import batch_plate
-
-
-class _ContinuousBernoulli(dist.ContinuousBernoulli):
-    """Its density by the logits: torch's by the probabilities has a gradient of rounding errors near one half."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        half = 0.5 * self.logits
-        square = half.square()
-        series = square * (1.0 / 6.0 - square * (1.0 / 180.0 - square / 2835.0))
-        small = square < 0.05
-        size = torch.where(small, 1.0, half.abs())
-        log_sinh_ratio = torch.where(small, series, size + torch.log1p(-torch.exp(-2.0 * size)) - torch.log(2.0 * size))
-        return (value - 0.5) * self.logits - log_sinh_ratio
-
-
-def continuous_bernoulli(logits: Tensor) -> Distribution:
-    r"""Values in [0, 1], such as grey levels.
-
-    .. math:: p(x) = e^{\eta x} \Big/ \int_0^1 e^{\eta t} dt
-
-    References:
-        The continuous Bernoulli: fixing a pervasive error in variational autoencoders
-        (Loaiza-Ganem and Cunningham, 2019) https://arxiv.org/abs/1907.06845
-
-    Arguments:
-        logits: :math:`\eta`, ``[*, *event]``, one for each value.
-    """
-    return _ContinuousBernoulli(logits=logits)
 
 
 class BayesianAutoencoder(nn.Module):
@@ -80,7 +53,7 @@ class BayesianAutoencoder(nn.Module):
         encoder: nn.Module,
         decoder: nn.Module,
         latent: int,
-        likelihood: Callable[[Tensor], Distribution] = continuous_bernoulli,
+        likelihood: Callable[[Tensor], Distribution] = ContinuousBernoulli,
         *,
         prior: Priors = STANDARD,
         bayesian: Collection[str] = ("encoder", "decoder"),

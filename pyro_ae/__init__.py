@@ -8,6 +8,7 @@ from .density import log_weights
 from .engines.ensemble import ensemble, map_, swag
 from .engines.feynman_kac import feynman_kac
 from .engines.laplace import laplace
+from .engines.mc_dropout import mc_dropout
 from .engines.nuts import hmc, nuts
 from .engines.prior_matching import match_prior
 from .engines.sghmc import entropy_sghmc, sghmc
@@ -41,6 +42,7 @@ __all__ = [
     "log_weights",
     "map_",
     "match_prior",
+    "mc_dropout",
     "nuts",
     "observe",
     "sghmc",

@@ -81,6 +81,8 @@ def average(
     batch: Call,
     names: Callable[[Layout], list[str]],
     of: Callable[[dict], Tensor],
+    *,
+    generate: bool = False,
 ) -> dict[str, Tensor]:
     """What is read of sites, averaged over draws, of which only some are held at a time: site to ``[*shape]``."""
 
@@ -88,7 +90,7 @@ def average(
         found = gather(runs, names(layout), layout.model, k, of)
         return {n: k * v.mean(0, keepdim=True) for n, v in found.items()}
 
-    sums = replay(program, values, batch, read)
+    sums = replay(program, values, batch, read, generate=generate)
     return {n: v.sum(0) / (len(next(iter(values.values()))) if values else 1) for n, v in sums.items()}
 
 

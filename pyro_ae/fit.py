@@ -13,6 +13,7 @@ from .data import LoadedRows, Rows, as_rows
 from .engines.ensemble import ensemble, map_, swag
 from .engines.feynman_kac import feynman_kac
 from .engines.laplace import laplace
+from .engines.mc_dropout import mc_dropout
 from .engines.nuts import hmc, nuts
 from .engines.run import Event, Run
 from .engines.sghmc import entropy_sghmc, sghmc
@@ -34,6 +35,7 @@ METHODS: dict[str, Callable[[], Engine]] = {
     "feynman_kac": feynman_kac,
     "ensemble": ensemble,
     "swag": swag,
+    "mc_dropout": mc_dropout,
     "laplace": laplace,
     "map": map_,
 }
@@ -69,8 +71,8 @@ def fit(
         guide: samples the latents, with the model's arguments. Without one svi makes a mean-field guide for latents
             outside the plate. Samplers do without.
         method: ``"svi"``; ``"nuts"`` or ``"hmc"``; with minibatches ``"sghmc"``, ``"sgld"``, ``"sgnht"``,
-            ``"entropy_sghmc"`` or ``"feynman_kac"``; ``"map"``, ``"laplace"``, ``"swag"`` or ``"ensemble"``, with their
-            defaults; or a configured engine such as ``svi(epochs=20)``.
+            ``"entropy_sghmc"`` or ``"feynman_kac"``; ``"map"``, ``"laplace"``, ``"swag"``, ``"ensemble"`` or
+            ``"mc_dropout"``, with their defaults; or a configured engine such as ``svi(epochs=20)``.
         batch_size: rows of a minibatch; all rows at once by default.
         plate: name of the plate of the rows.
         device: ``"auto"`` for a GPU where there is one, or a torch device. Modules are moved there.

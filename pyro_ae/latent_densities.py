@@ -90,10 +90,10 @@ class mixture:
         else:
             fitted = GaussianMixture(**options)
         fitted.fit(codes.double().numpy())
-        weights, means, covariances = (
-            torch.as_tensor(v).to(codes) for v in (fitted.weights_, fitted.means_, fitted.covariances_)
-        )
-        return dist.MixtureSameFamily(dist.Categorical(weights), dist.MultivariateNormal(means, covariances))
+        # in double precision, as few codes of many dims leave covariances that are singular in single
+        roots = torch.linalg.cholesky(torch.as_tensor(fitted.covariances_))
+        weights, means, roots = (torch.as_tensor(v).to(codes) for v in (fitted.weights_, fitted.means_, roots))
+        return dist.MixtureSameFamily(dist.Categorical(weights), dist.MultivariateNormal(means, scale_tril=roots))
 
 
 @dataclass(frozen=True)

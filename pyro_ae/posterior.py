@@ -296,27 +296,30 @@ class Posterior:
         density: LatentDensity | None = None,
         code: str | None = None,
         data: Any = None,
+        sites: Iterable[str] | None = None,
     ) -> Any:
-        """New rows: latents of a row from the prior or another density, shared latents from the posterior.
+        """New rows: latents of a row from the prior or another density, shared latents from the posterior in turn.
 
         Arguments:
             n: how many rows.
-            mean: whether to give the likelihood's mean in place of a draw from it.
+            mean: whether to give the likelihood's mean in place of a draw from it; of codes of a density, averaged over
+                the draws of shared latents.
             density: of codes, in place of the prior, such as ``mixture(20, dirichlet_process=True)`` of
-                ``pyro_ae.latent_densities``; it is fitted to the codes of the data.
+                ``pyro_ae.latent_densities``; it is fitted to the codes of the data, for each chain alone.
             code: the site of the codes, which may be one by ``pyro.deterministic``; by default the latents of the rows.
             data: rows whose codes the density is fitted to; those of the fit by default.
+            sites: names, also of deterministic sites; the observed ones by default.
 
         Returns:
             ``[n, *event]`` on the CPU, or a dict of them where the model observes several sites. A model that does
             not take ``size`` is run on rows of the fit, of which it can only see what it does not observe.
 
         Raises:
-            ValueError: for n below 1, without data for a model that needs it, or for a density without codes.
+            ValueError: for n below 1, an unknown site, a density without codes, and without data that a model needs.
         """
         from .generation import generate
 
-        return _one(generate(self, n, mean=mean, density=density, code=code, data=data))
+        return _one(generate(self, n, mean=mean, density=density, code=code, data=data, sites=sites))
 
     # -- ArviZ, report, disk -------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, init_to_feasible
+from pyro.infer.autoguide.utils import deep_setattr
 from torch import Tensor
 
 from .data import Call, call_with
@@ -17,6 +18,36 @@ from .particles import why_serial
 from .plates import Scaled
 from .sites import Layout, inspect_sites, quote
 from .types import Guide, Model
+
+
+class _MeanField(AutoNormal):
+    """Pyro's mean-field guide; where the model proposes a start, as ``bayesian`` does for weights, narrow around it.
+
+    Elsewhere it starts as Pyro's does, at zero with a scale of 0.1. Weights would hardly leave their prior from there:
+    a layer of zeros passes no gradient on, and such a scale is more noise than a wide layer's output is signal.
+
+    Arguments:
+        model: a callable with Pyro sites.
+        width: the scale to start with, over the size of what the model proposes; at least 0.001.
+    """
+
+    def __init__(self, model: Model, width: float = 0.05) -> None:
+        super().__init__(model, init_loc_fn=_proposed)
+        self.width = width
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            if (site["infer"] or {}).get("start"):
+                loc, scale = self._get_loc_and_scale(name)
+                size = loc.detach().square().mean().sqrt()
+                deep_setattr(self.scales, name, torch.full_like(scale, float((self.width * size).clamp(1e-3, 0.1))))
+
+
+def _proposed(site: Any) -> Tensor:
+    """What the model proposes to start from; else what Pyro's guides start at."""
+    propose = (site["infer"] or {}).get("start")
+    return propose() if propose else init_to_feasible(site)
 
 
 class Program:
@@ -154,7 +185,7 @@ class Program:
                 "the model has no latent site; for maximum likelihood pass a guide that does nothing: "
                 "guide=lambda *args, **kwargs: None"
             )
-        guide = AutoNormal(self.model.fn)
+        guide = _MeanField(self.model.fn)
         self.guide = Scaled(guide, self.plate, self.total)
         self.parameters.modules["guide"] = guide  # beside what the model's pyro.param made, which stays
         self.automatic_guide = True

@@ -11,7 +11,7 @@ from pyro_ae import ensemble, fit, map_, sghmc, svi
 from pyro_ae.density import log_joint
 from pyro_ae.engines.prior_matching import match_prior
 from pyro_ae.latent_densities import gaussian
-from pyro_ae.models.bayesian_autoencoder import BayesianAutoencoder, continuous_bernoulli
+from pyro_ae.models.bayesian_autoencoder import BayesianAutoencoder
 from pyro_ae.nn import MLP, Convolutional, ConvolutionalDecoder
 from pyro_ae.plates import particle_plate
 from pyro_ae.priors import learnable, normal
@@ -36,24 +36,6 @@ def test_its_density_is_the_priors_and_the_likelihoods():
     likelihood = torch.distributions.Normal(x @ e.T @ d.T, 0.5).log_prob(x).sum()
     found = log_joint(model, {"encoder.weight": e, "decoder.weight": d}, x)
     torch.testing.assert_close(found, prior + likelihood)
-
-
-def test_the_continuous_bernoulli_is_normalised_and_has_its_gradient():
-    """Its density is exp(eta x) over an integral, done numerically; the integral's log has the mean as its gradient."""
-    logits = torch.tensor([-300.0, -20.0, -3.0, -0.5, -0.44, -0.002, 0.0, 1e-3, 0.45, 2.0, 90.0], requires_grad=True)
-    x, eta = torch.tensor(0.3), logits.detach().double()
-    grid = torch.linspace(0.0, 1.0, 200_001, dtype=torch.float64)[:, None]
-    weight = (grid * eta - eta.clamp(min=0.0)).exp()
-    area = torch.trapezoid(weight, grid, dim=0)
-    found = continuous_bernoulli(logits).log_prob(x)
-    expected = x * eta - eta.clamp(min=0.0) - area.log()
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-    (gradient,) = torch.autograd.grad(found.sum(), logits)
-    mean = torch.trapezoid(grid * weight, grid, dim=0) / area
-    torch.testing.assert_close(gradient.double(), x - mean, rtol=0, atol=1e-4)
-    torch.testing.assert_close(
-        continuous_bernoulli(eta[2:-1]).mean, mean[2:-1], rtol=0, atol=1e-4
-    )  # what is reconstructed
 
 
 @pytest.mark.parametrize("bayesian", [("encoder", "decoder"), ("encoder",), ("decoder",)], ids="-".join)
@@ -178,12 +160,41 @@ def test_other_parts_are_refused(bayesian):
 
 def test_a_new_row_is_a_code_of_the_density_decoded_by_a_draw_of_the_weights():
     torch.manual_seed(0)
-    x, z = torch.randn(20, 6), torch.randn(8, 2)
+    x, z = torch.randn(20, 6), torch.randn(4, 2)
+    given = []
 
     class Given(nn.Module):  # a density whose draws are known
         def sample(self, shape):
             return z[: shape[0]]
 
+    def density(codes):
+        given.append(codes)
+        return Given()
+
     posterior = fit(linear(), x, method=SHORT, seed=0, progress=False, check=False)
-    rows = posterior.generate(8, density=lambda codes: Given(), mean=True)
-    torch.testing.assert_close(rows, torch.einsum("kdl,kl->kd", posterior.sample()["decoder.weight"], z))
+    with pytest.raises(ValueError, match="no site 'y' to generate; there are.*'x'"):
+        posterior.generate(3, sites=["y"])
+    encoders, decoders = (posterior.draws[f"{n}.weight"] for n in ("encoder", "decoder"))  # [2, 4, ...]
+    averaged = posterior.generate(4, density=density, mean=True)
+    torch.testing.assert_close(averaged, torch.einsum("cdl,kl->ckd", decoders.mean(1), z[:2]).flatten(0, 1))
+    for codes, encoder in zip(given, encoders.mean(1), strict=True):  # each chain has a code of its own
+        torch.testing.assert_close(codes, x @ encoder.T)
+    z = torch.randn(5 * 4, 2)
+    rows = posterior.generate(36, density=density)  # five of each draw, and the last of a chain has three
+    decoded = torch.einsum("cskl,srl->csrk", decoders, z.reshape(4, 5, 2)).flatten(1, 2)[:, :18].flatten(0, 1)
+    assert 0.4 < (rows - decoded).std() < 0.6  # the likelihood's 0.5
+
+
+def test_members_of_an_ensemble_have_codes_of_their_own():
+    torch.manual_seed(0)
+    given = []
+
+    def density(codes):
+        given.append(codes)
+        return gaussian()(codes)
+
+    posterior = fit(
+        linear(), torch.randn(20, 6), method=ensemble(members=3, steps=2), seed=0, progress=False, check=False
+    )
+    assert posterior.generate(7, density=density).shape == (7, 6) and len(given) == 3
+    assert posterior.generate(2, density=density).shape == (2, 6) and len(given) == 5

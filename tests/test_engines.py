@@ -22,6 +22,7 @@ from pyro_ae import (
     hmc,
     laplace,
     map_,
+    mc_dropout,
     nuts,
     sghmc,
     sgld,
@@ -46,6 +47,7 @@ ENGINES = {
     "map": map_(steps=8),
     "feynman_kac": feynman_kac(particles=30, steps=8),
     "laplace": laplace(structure="diagonal", at=map_(steps=8), draws=6),
+    "mc_dropout": mc_dropout(inputs=True, chains=2, steps=8, draws=6),
 }
 
 
@@ -67,6 +69,9 @@ def mlp(hidden=4):
     return nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
 
+TARGETS = {"mc_dropout": (network_model(bayesian(nn.Linear(3, 1, bias=False))), "w.weight")}  # it is of networks alone
+
+
 # -- one contract --------------------------------------------------------------------------------------------------
 
 
@@ -77,28 +82,30 @@ def test_every_method_by_name_is_held_to_the_contract():
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("batch_size", [None, 64])
 def test_same_seed_same_draws_and_another_another(name, batch_size):
-    draws = [quick(ENGINES[name], batch_size=batch_size, seed=s).sample()["w"] for s in (1, 1, 2)]
+    model, w = TARGETS.get(name, (regression, "w"))
+    draws = [quick(ENGINES[name], model, batch_size=batch_size, seed=s).sample()[w] for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert draws[0].shape[1:] == (3,) and torch.isfinite(draws[0]).all()
+    assert draws[0].shape[-1] == 3 and torch.isfinite(draws[0]).all()
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_posterior_goes_to_arviz_disk_prediction_and_report(name, tmp_path):
     import arviz
 
-    posterior = quick(ENGINES[name], batch_size=64)
+    model, w = TARGETS.get(name, (regression, "w"))
+    posterior = quick(ENGINES[name], model, batch_size=64)
     idata = posterior.to_arviz()
-    assert idata.posterior["w"].shape == posterior.draws["w"].shape
+    assert idata.posterior[w].shape == posterior.draws[w].shape
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ArviZ on a handful of draws
         arviz.summary(idata)
-        if len(posterior.sample()["w"]) > 1:
+        if len(posterior.sample()[w]) > 1:
             arviz.loo(idata)
         arviz.plot_trace(idata)
         arviz.plot_ppc(idata)
     assert posterior.predict((torch.zeros(4, 3), None), draws=5)["y"].shape[1:] == (4,)
-    again = Posterior.load(posterior.save(tmp_path / "p"), regression)
-    assert torch.equal(again.sample()["w"], posterior.sample()["w"])
+    again = Posterior.load(posterior.save(tmp_path / "p"), model)
+    assert torch.equal(again.sample()[w], posterior.sample()[w])
     assert type(ENGINES[name]).__name__ in repr(again)
     assert str(posterior.report())
 
@@ -114,8 +121,8 @@ def test_a_network_and_minibatches(name):
 @pytest.mark.parametrize("batch_size", [None, 64])
 def test_a_fit_that_stopped_goes_on_to_the_same_draws(name, batch_size, tmp_path):
     """Stopped by a callback in the middle, of a pass as well, and gone on with from its folder."""
-    engine = ENGINES[name]
-    whole = quick(engine, batch_size=batch_size).draws["w"]
+    engine, (model, w) = ENGINES[name], TARGETS.get(name, (regression, "w"))
+    whole = quick(engine, model, batch_size=batch_size).draws[w]
     steps = engine.lengths[0]
 
     def stop(event):
@@ -123,12 +130,12 @@ def test_a_fit_that_stopped_goes_on_to_the_same_draws(name, batch_size, tmp_path
             raise KeyboardInterrupt
 
     folder = tmp_path / "run"
-    part = quick(engine, batch_size=batch_size, callbacks=[stop], checkpoint=folder)
+    part = quick(engine, model, batch_size=batch_size, callbacks=[stop], checkpoint=folder)
     assert part.interrupted
-    gone_on = quick(engine, batch_size=batch_size, checkpoint=folder, seed=5)
-    assert torch.equal(gone_on.draws["w"], whole)
+    gone_on = quick(engine, model, batch_size=batch_size, checkpoint=folder, seed=5)
+    assert torch.equal(gone_on.draws[w], whole)
     with pytest.raises(ValueError, match="another fit"):
-        quick(replace(engine, lr=0.5), batch_size=batch_size, checkpoint=folder)
+        quick(replace(engine, lr=0.5), model, batch_size=batch_size, checkpoint=folder)
 
 
 def test_an_interrupt_in_the_middle_of_a_step_leaves_no_half_step_behind(tmp_path, monkeypatch):

@@ -359,7 +359,7 @@ def _exact(model, x):
 def test_public_names():
     expected = (
         "Posterior PosteriorWarning batch_plate bayesian cite elbo ensemble entropy_sghmc feynman_kac fit hmc "
-        "importance iwae laplace log_weights map_ match_prior nuts observe sghmc sgld sgnht svi "
+        "importance iwae laplace log_weights map_ match_prior mc_dropout nuts observe sghmc sgld sgnht svi "
         "swag to_jax"
     )
     assert " ".join(sorted(pyro_ae.__all__)) == expected

@@ -160,6 +160,7 @@ LAYERS = [
         "nn",
         "heads",
         "spheres",
+        "continuous_bernoulli",
         "flows",
         "priors",
         "bayesian",

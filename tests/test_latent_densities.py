@@ -53,6 +53,13 @@ def test_a_mixture_is_scikit_learns():
     assert (process.mixture_distribution.probs > 0.02).sum() <= 4  # it does not need them all
 
 
+def test_a_mixture_of_few_codes_of_many_dims_is_a_density():
+    torch.manual_seed(0)
+    codes = torch.randn(200, 10) @ torch.randn(10, 50) * 30.0  # singular, as codes of a wide latent are
+    for density in (mixture(5), mixture(20, dirichlet_process=True)):
+        assert torch.isfinite(density(codes).sample((100,))).all()
+
+
 def test_the_widths_of_kernels_are_distances_to_neighbours():
     codes = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
     kernels = nearest(k=1, scale=0.5)(codes).component_distribution

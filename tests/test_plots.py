@@ -13,12 +13,14 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from pyro_ae import Posterior, batch_plate, fit, nuts, svi
+from pyro_ae import Posterior, batch_plate, fit, nuts, sghmc, svi
 from pyro_ae.diagnostics import entries, page, plots
 from pyro_ae.diagnostics.entries import label, pick
 from pyro_ae.diagnostics.ranks import Coverage, Ranks
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
+from pyro_ae.latent_densities import gaussian
+from pyro_ae.models.bayesian_autoencoder import BayesianAutoencoder
 from pyro_ae.models.vae import VAE
 from pyro_ae.nn import MLP
 
@@ -257,6 +259,30 @@ def test_images_of_chains_that_drew_the_codes() -> None:
     torch.testing.assert_close(canvas[3:5, 4:7].float(), chains.reconstruct()[4])
     assert plots.uncertainty(chains, n=2).shape == (2,)
     assert plots.traversal(chains, row=4, steps=3).has_data()
+
+
+def test_images_of_an_autoencoder_whose_weights_are_latent(tmp_path: Path) -> None:
+    model = BayesianAutoencoder(MLP((4, 4), [6], 2), MLP(2, [6], (4, 4)), 2)
+    x, new = torch.rand(9, 4, 4), torch.rand(5, 4, 4)
+    method = sghmc(lr=1e-3, warmup=20, draws=5, thinning=1, chains=2)
+    posterior = fit(model, x, method=method, seed=0, progress=False, check=False)
+    canvas = shown(plots.reconstructions(posterior, new, n=5))
+    torch.testing.assert_close(canvas[:4, 5:9].float(), new[1])
+    found = posterior.uncertainty(new)
+    torch.testing.assert_close(canvas[5:9, 5:9].float(), found.mean[1], rtol=1e-3, atol=1e-4)
+    above, below = plots.uncertainty(posterior, new, n=5)
+    torch.testing.assert_close(shown(above), canvas)
+    spread = shown(below)
+    torch.testing.assert_close(spread[:4, 5:9].float(), found.epistemic[1].sqrt(), rtol=1e-3, atol=1e-4)
+    assert found.epistemic.min() > 0
+    (image,) = below.get_images()
+    assert image.get_cmap().name == "viridis" and image.get_clim() == pytest.approx((0.0, float(spread.max())))
+    assert image.colorbar.ax.get_xlabel() == "standard deviation between draws"
+    above.figure.savefig(tmp_path / "figure.png")
+    assert plots.samples(posterior, 4, density=gaussian(), code="z").has_data()
+    assert plots.images(model(size=4).detach(), names=["prior"]).has_data()
+    with pytest.raises(ValueError, match="the rows have none; codes that are a function of latent weights"):
+        plots.traversal(posterior)
 
 
 # -- what cannot be shown ------------------------------------------------------------------------------------

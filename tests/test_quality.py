@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 from truth import exact_guide, ppca, untrained
@@ -12,7 +14,8 @@ from truth import exact_guide, ppca, untrained
 from pyro_ae import batch_plate, datasets
 from pyro_ae.diagnostics import quality
 from pyro_ae.diagnostics.features import classifier_features, principal_features
-from pyro_ae.diagnostics.quality import Quality, generation_quality, precision_recall
+from pyro_ae.diagnostics.quality import Quality, frechet_distance, generation_quality, precision_recall
+from pyro_ae.latent_densities import gaussian
 from pyro_ae.models.ppca import PPCA
 
 
@@ -114,6 +117,50 @@ def test_bad_samples_are_refused() -> None:
         precision_recall(x, x, features=lambda rows: rows.log())
 
 
+# ------------------------------------------------------------------------------------------ Frechet distance
+
+
+def with_moments(mean: Tensor, root: Tensor, rows: int) -> Tensor:
+    """Rows whose mean and covariance ``root root'`` are exact."""
+    z = torch.randn(rows, root.shape[1]).double()
+    q = torch.linalg.qr(z - z.mean(0)).Q  # columns at right angles, of length 1 and mean 0
+    return mean + (rows - 1) ** 0.5 * q @ root.T.double()
+
+
+def test_the_distance_of_normals_with_known_moments() -> None:
+    zero, one, scales = torch.zeros(3), torch.eye(3), torch.tensor([[0.5, 1.0, 4.0], [2.0, 1.0, 1.0]])
+    x, delta = with_moments(zero, one, 50), torch.tensor([1.0, -2.0, 3.0])
+    assert frechet_distance(x, with_moments(zero, one, 20)) == pytest.approx(0.0, abs=1e-5)
+    assert frechet_distance(x, with_moments(delta, one, 70)) == pytest.approx(14.0, rel=1e-5)
+    wide, narrow = (with_moments(zero, scale.diag(), 40) for scale in scales)
+    assert frechet_distance(wide, narrow) == pytest.approx(1.5**2 + 0 + 3**2, rel=1e-5)
+    turned = torch.linalg.qr(torch.randn(3, 3)).Q
+    assert frechet_distance(x, with_moments(zero, turned, 40)) == pytest.approx(0.0, abs=1e-5)
+    assert frechet_distance(wide @ turned.double(), narrow @ turned.double()) == pytest.approx(11.25, rel=1e-5)
+
+
+def test_the_distance_is_that_by_the_root_of_a_matrix() -> None:
+    a, b = torch.randn(60, 4) @ torch.randn(4, 4), 0.5 + torch.randn(30, 4) @ torch.randn(4, 4)
+    s, t = (v.double().T.cov().numpy() for v in (a, b))
+    apart = float((a.double().mean(0) - b.double().mean(0)).square().sum())
+    wanted = apart + np.trace(s + t - 2 * np.real(scipy.linalg.sqrtm(s @ t)))
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-4)
+    assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    assert frechet_distance(a, b, features=lambda x: 3 * x) == pytest.approx(9 * wanted, rel=1e-4)
+
+
+def test_covariances_may_be_singular() -> None:
+    line, other = torch.tensor([[3.0], [4.0]]), torch.tensor([[-4.0], [3.0]])  # at a right angle to one another
+    along, across = (with_moments(torch.zeros(2), root, 10) for root in (line, other))
+    assert frechet_distance(along, 2 * along) == pytest.approx(25.0, rel=1e-5)
+    assert frechet_distance(along, across) == pytest.approx(50.0, rel=1e-5)
+    few = torch.randn(3, 20)  # fewer rows than numbers
+    assert frechet_distance(few, few) == pytest.approx(0.0, abs=1e-4)
+    assert frechet_distance(few, few + 1) == pytest.approx(20.0, rel=1e-4)
+    with pytest.raises(ValueError, match="got 3 real and 1 generated"):
+        frechet_distance(few, few[:1])
+
+
 # -------------------------------------------------------------------------------------------- feature spaces
 
 
@@ -210,6 +257,18 @@ def test_other_feature_spaces_and_what_is_said_of_them() -> None:
     assert generation_quality(posterior, n=20).features.startswith("2 principal")  # a tenth of the rows
     assert told.rows == 50 and "trained to tell 2 labels apart" in told.features
     assert told.real.coverage == pytest.approx(expected_coverage(50, 50, 3), abs=0.12)
+
+
+def test_rows_of_another_density_of_codes() -> None:
+    """The codes of rows that are spread out are too: a normal density of them is nearer than the prior."""
+    model, x = ppca(800)
+    center = model.mean
+    posterior = untrained(model, exact_guide(model), center + 3 * (x - center))
+    prior, fitted = generation_quality(posterior), generation_quality(posterior, density=gaussian(), code="z")
+    assert fitted.generated.recall > prior.generated.recall + 0.1
+    assert fitted.generated.energy < 0.5 * prior.generated.energy
+    means = generation_quality(posterior, density=gaussian(), mean=True)
+    assert means.generated.recall < fitted.generated.recall
 
 
 def test_digits_of_a_normal_distribution_are_found_out() -> None:

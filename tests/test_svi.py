@@ -12,13 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from truth import gaussian_mean, gaussian_mean_evidence, gaussian_mean_posterior, ppca
 
-from pyro_ae import batch_plate, elbo, fit, importance, iwae, log_weights, svi
+from pyro_ae import Posterior, batch_plate, bayesian, elbo, fit, importance, iwae, log_weights, sghmc, svi
 from pyro_ae.engines.run import NonFiniteError
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
 from pyro_ae.models import ppca as ppca_file
 from pyro_ae.models import vae
 from pyro_ae.nn import MLP
+from pyro_ae.priors import fan_in
 
 RELIABLE = svi(loss=importance(elbo, 20), lr=0.05, schedule="cosine", steps=800)
 
@@ -362,3 +363,57 @@ def test_tensors_outside_every_module_are_refused_unless_a_run_makes_them(which)
     else:
         with pytest.raises(ValueError, match="belong to no module"):
             run()
+
+
+# -- mean-field networks -------------------------------------------------------------------------------------------
+
+
+def noisy_sine(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = 4.0 * torch.rand(rows, 1, generator=generator) - 2.0
+    return x, (2.0 * x).sin().squeeze(-1) + 0.3 * torch.randn(rows, generator=generator)
+
+
+def network_model(net):
+    def model(x, y=None):
+        noise = pyro.sample("noise", dist.Uniform(0.2, 0.4))
+        mean = net(x).squeeze(-1)
+        with batch_plate(x):
+            pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+    return model
+
+
+def test_an_automatic_guide_starts_where_the_model_proposes_and_is_narrow_there(tmp_path):
+    module = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.LayerNorm(20), nn.Linear(20, 1))
+    model = network_model(bayesian(module, start="module"))
+    posterior = fit(model, noisy_sine(50, 0), method=svi(steps=1, lr=1e-9), seed=0, progress=False)
+    found = {site: posterior.guide._get_loc_and_scale(site) for site in posterior.sample(1)}
+    for name, value in module.named_parameters():
+        loc, scale = found[f"w.{name}"]
+        torch.testing.assert_close(loc, value)
+        size = value.detach().square().mean().sqrt()
+        torch.testing.assert_close(scale, torch.full_like(value, max(1e-3, 0.05 * float(size))), rtol=1e-4, atol=0)
+    for value, expected in zip(found["noise"], (0.0, 0.1), strict=True):
+        assert value.item() == pytest.approx(expected, abs=1e-6), "as Pyro's guide has it"
+    again = Posterior.load(posterior.save(tmp_path / "p"), model)
+    ours, theirs = (p.program.parameters.state() for p in (posterior, again))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_mean_field_weights_leave_their_prior_and_predict_as_those_of_chains_do():
+    train, (x, y) = noisy_sine(200, 0), noisy_sine(400, 1)
+    torch.manual_seed(0)
+    layers = nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 1)
+    net = bayesian(nn.Sequential(*layers), fan_in(2.0))
+
+    def loss(log_likelihood):
+        return float(math.log(len(log_likelihood)) - log_likelihood.logsumexp(0).mean())
+
+    prior = loss(torch.stack([dist.Normal(net(x).squeeze(-1), 0.3).log_prob(y) for _ in range(200)]).detach())
+    chains = sghmc(chains=2, draws=20, warmup=800, thinning=10)
+    mean_field, sampled = (
+        loss(fit(network_model(net), train, method=method, seed=0, progress=False).log_likelihood((x, y))["y"])
+        for method in (svi(steps=500), chains)
+    )
+    assert mean_field < prior - 0.5 and abs(mean_field - sampled) < 0.25, f"{prior=} {mean_field=} {sampled=}"

@@ -6,6 +6,7 @@
 from . import plots
 from .adversarial import adversarial_shift
 from .amortisation import amortisation_gap
+from .anomaly import anomaly_scores, conformal_p_values
 from .attribution import attribution, case_influence, influence
 from .bridge import bridge_sampling
 from .calibration import calibration_error, central_coverage, expected_coverage, simulated_coverage
@@ -16,7 +17,7 @@ from .features import classifier_features, principal_features
 from .importance import effective_sample_size, pareto_k
 from .latents import latent_summaries, latent_summary
 from .predictive import predictive_check
-from .quality import generation_quality, precision_recall
+from .quality import frechet_distance, generation_quality, precision_recall
 from .ranks import ecdf_band
 from .scores import auroc, crps, nll, out_of_distribution
 from .simulation import refit_calibration, simulation_based_calibration
@@ -28,6 +29,7 @@ __all__ = [
     "adversarial_shift",
     "amortisation_gap",
     "annealed_importance_sampling",
+    "anomaly_scores",
     "attribution",
     "auroc",
     "bidirectional",
@@ -39,10 +41,12 @@ __all__ = [
     "classifier_features",
     "collapsed",
     "compare",
+    "conformal_p_values",
     "crps",
     "ecdf_band",
     "effective_sample_size",
     "expected_coverage",
+    "frechet_distance",
     "generation_quality",
     "influence",
     "interval_coverage",

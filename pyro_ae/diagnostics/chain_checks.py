@@ -32,6 +32,11 @@ INDEPENDENT = {
         "The draws are modes that were found from several starts, and their spread is no posterior's: judge them by "
         "predictions for rows that were held out (pyro_ae.diagnostics.scores), or compare them with sghmc or nuts.",
     ),
+    "mc_dropout": (
+        USABLE,
+        "The draws are one fit with units left out at random, and whether the posterior is like it cannot be seen from "
+        "them: compare them with sghmc or nuts (pyro_ae.diagnostics.comparison).",
+    ),
     "laplace": (
         USABLE,
         "The draws are of a normal about one mode, and whether the posterior is like it cannot be seen from them: "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..prediction import Prediction
 from ..runtime import seeded
+from .anomaly import Read, by_row, likelihood_scores, reconstruction_scores
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -164,9 +165,10 @@ def out_of_distribution(
         data: rows like those of the fit; None for these.
         other: rows of another kind, in the same form.
         score: ``"evidence"`` for -log p(x) by importance sampling with the guide, for models with latents of the rows;
-            ``"reconstruction"`` for the mean of -log p(x | z) over draws; ``"entropy"`` for that of a predicted class;
-            ``"disagreement"`` for the part of that entropy in which the draws differ (their mutual information); or a
-            function of the posterior and rows.
+            ``"reconstruction"`` for the mean of -log p(x | z) over draws; ``"nll"``, ``"nll_variance"``, ``"error"`` or
+            ``"spread"`` as in ``anomaly_scores``; ``"entropy"`` for that of a predicted class; ``"disagreement"`` for
+            the part of that entropy in which the draws differ (their mutual information); or a function of the
+            posterior and rows.
         draws: that a score averages over.
         seed: of these draws; the global random states stay as they were.
 
@@ -206,19 +208,8 @@ def _evidence(posterior: Posterior, rows: Any, draws: int) -> Tensor:
     return -posterior.log_evidence(rows, draws)
 
 
-def _reconstruction(posterior: Posterior, rows: Any, draws: int) -> Tensor:
-    total = torch.zeros(())
-    for name, density in posterior.log_likelihood(rows, posterior._at_most(draws)).items():
-        place = [
-            dim for plate, dim, _ in posterior.program.layout.model[name].plates if plate == posterior.program.plate
-        ]
-        if not place:
-            raise ValueError(
-                f"site '{name}' stands outside plate '{posterior.program.plate}', so that it has no score for each row"
-            )
-        rows_first = density.mean(0).movedim(place[0], 0)
-        total = total - rows_first.reshape(len(rows_first), -1).sum(1)
-    return total
+def _anomaly(field: str, read: Read) -> Callable[[Posterior, Any, int], Tensor]:
+    return lambda posterior, rows, draws: by_row(posterior, rows, draws, read)[field]
 
 
 def _entropy(posterior: Posterior, rows: Any, draws: int) -> Tensor:
@@ -242,7 +233,11 @@ def _classes(posterior: Posterior, rows: Any, draws: int) -> Prediction:
 
 SCORES: dict[str, Callable[[Posterior, Any, int], Tensor]] = {
     "evidence": _evidence,
-    "reconstruction": _reconstruction,
+    "reconstruction": _anomaly("expected_nll", likelihood_scores),
+    "nll": _anomaly("nll", likelihood_scores),
+    "nll_variance": _anomaly("nll_variance", likelihood_scores),
+    "error": _anomaly("error", reconstruction_scores),
+    "spread": _anomaly("spread", reconstruction_scores),
     "entropy": _entropy,
     "disagreement": _disagreement,
 }

@@ -81,6 +81,10 @@ class Stepping:
     def plan(self, step: int) -> Plan:
         raise NotImplementedError
 
+    def prepare(self, energy: StackedEnergy, position: Tensor) -> Stepping:
+        """The method for one model and the positions ``[chains, d]`` to begin at: itself, unless it must know them."""
+        return self
+
     def start(self, position: Tensor) -> State:
         """The state of chains that begin at a position ``[chains, d]``."""
         return {"position": position}

@@ -94,6 +94,7 @@ class Stacked:
             self._check_leaves(first)
             points = starting_points(config.init, self.energy, config.chains)
             position = self.stacked.pack({n: torch.stack([p[n] for p in points]) for n in points[0]})
+            self.config = config = config.prepare(self.stacked, position)
             self.state = config.start(position)
             at_once, size = config.kept(self.state).shape
         file = None

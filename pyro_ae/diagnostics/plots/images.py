@@ -147,7 +147,7 @@ def _frames(axes: Axes, corners: list[tuple[int, int]], height: int, width: int)
 
 
 def reconstructions(posterior: Posterior, data: Any = None, n: int = 20, *, axes: Axes | None = None) -> Axes:
-    """Images, and under each the mean of the likelihood, averaged over draws of its code.
+    """Images, and under each the mean of the likelihood, averaged over draws of its code or of the weights.
 
     Arguments:
         posterior: of a model that observes images.
@@ -156,7 +156,7 @@ def reconstructions(posterior: Posterior, data: Any = None, n: int = 20, *, axes
         axes: to draw into; new ones by default.
 
     Raises:
-        ValueError: for a model without a latent for each row, or one that does not observe images at one site.
+        ValueError: for a model without codes, or one that does not observe images at one site.
     """
     index = _spread(posterior, data, n)
     seen = _of_rows(posterior, data, index, lambda rows: _observed(posterior, rows))
@@ -171,7 +171,8 @@ def samples(posterior: Posterior, n: int = 40, *, axes: Axes | None = None, **op
         posterior: of a model that observes images.
         n: how many.
         axes: to draw into; new ones by default.
-        options: of :meth:`~pyro_ae.posterior.Posterior.generate`, such as ``density=``.
+        options: of :meth:`~pyro_ae.posterior.Posterior.generate`, such as ``density=``. For several densities one above
+            the other, give what it generates from each to :func:`images`.
 
     Raises:
         ValueError: as ``generate`` does, and for a model that does not observe images at one site.
@@ -209,9 +210,14 @@ def traversal(
     if not -size <= row < size:
         raise ValueError(f"there is no row {row}: the data has {size}")
     index = torch.tensor([row % size])
+    if len(posterior.local) != 1:
+        raise ValueError(
+            f"a traversal needs one latent [latent] for each row, and the rows have {posterior.local or 'none'}; codes "
+            "that are a function of latent weights differ in meaning from draw to draw"
+        )
     code = _of_rows(posterior, data, index, posterior.encode)
-    if not isinstance(code, Tensor) or code.dim() != 2:
-        raise ValueError(f"a traversal needs one latent [latent] for each row, and the rows have {posterior.local}")
+    if code.dim() != 2:
+        raise ValueError(f"a traversal needs a latent [latent] for each row, and theirs has shape {[*code.shape[1:]]}")
     latent = code.shape[1]
     chosen = list(range(min(latent, 10))) if dims is None else list(dims)
     if not chosen or not all(0 <= d < latent for d in chosen):
