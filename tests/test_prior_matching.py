@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from pyro_ae import batch_plate, bayesian, fit, sghmc
 from pyro_ae.critics import wasserstein_critic
 from pyro_ae.divergences import energy_distance, sliced_wasserstein
+from pyro_ae.engines import prior_matching
 from pyro_ae.engines.prior_matching import match_prior
 from pyro_ae.engines.run import NonFiniteError
 from pyro_ae.priors import learnable
 from pyro_ae.processes import gaussian_process
+from pyro_ae.slices import distributional_sliced_wasserstein
 
 X = torch.linspace(-1.0, 1.0, 8).unsqueeze(-1)
 
@@ -166,6 +168,158 @@ def test_functions_have_the_kernels_moments(spread: float) -> None:
         assert abs(expected[0, 0] - 2.0 * math.exp(0.5 * spread**2)) < 0.1
 
 
+# ------------------------------------------------------------------------------- warm-up, checkpoints
+
+
+def directions(steps: int = 2) -> distributional_sliced_wasserstein:
+    return distributional_sliced_wasserstein(10, steps, lr=1e-2, diversity=0.0)
+
+
+def test_a_warm_up_teaches_the_distance_alone() -> None:
+    settings = {"steps": 5, "lr": 0.1, "seed": 0, "progress": False}
+    model, distance = Line(), directions()
+    seen: list[tuple[float, Tensor]] = []
+
+    def target(n: int, x: Tensor) -> Tensor:
+        network = distance.network
+        seen.append((model.scale, torch.zeros(()) if network is None else network.weight.detach().clone()))
+        return lines(n, x)
+
+    history = match_prior(model, X, distance, target, site="f", warmup=3, **settings)
+    assert history["step"] == list(range(5)) and history["warmup"] == [1, 1, 1, 0, 0]
+    assert all(math.isfinite(d) and d > 0 for d in history["distance"])
+    scales, weights = [s for s, _ in seen[::2]], [w for _, w in seen[1::2]]
+    assert scales[:4] == [1.0] * 4 and scales[4] != 1.0
+    assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+
+
+class Stopped:
+    """Ctrl-C in the middle of a step, which takes two pairs of samples where a distance learns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+        self.left, self.pair = pairs, prior_matching._pair
+        monkeypatch.setattr(prior_matching, "_pair", self)
+
+    def __call__(self, *arguments: object) -> object:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.pair(*arguments)
+
+
+DISTANCES: dict[str, Callable] = {
+    "directions": directions,
+    "critic": lambda: wasserstein_critic(hidden=(5,), steps=3),
+    "energy": energy_distance,
+}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("rows", [False, True], ids=["target", "minibatches"])
+def test_goes_on_to_the_same_prior(name: str, rows: bool, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make: Callable[[], Row | Line] = Row if rows else Line
+    data = torch.randn(8) if rows else X
+    settings = {"steps": 6, "samples": 4, "lr": 0.1, "seed": 3, "progress": False, "optimizer": torch.optim.Adam}
+    settings |= {"warmup": 2} if name == "directions" else {}
+    settings |= {"batch_size": 3} if rows else {"target": lines, "site": "f"}
+
+    def matched(model: nn.Module, folder=None) -> tuple[dict[str, Tensor], dict]:
+        history = match_prior(model, data, DISTANCES[name](), checkpoint=folder, **settings)
+        return dict(model.named_parameters()), history
+
+    expected, history = matched(make())
+    for pairs in (5, 1):  # the second in the warm-up, of directions
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="interrupted after .* of 6 steps"):
+            Stopped(patch, pairs)
+            held, part = matched(make(), tmp_path / str(pairs))
+        assert len(part["step"]) < 6 and part["distance"] == history["distance"][: len(part["step"])]
+        found, whole = matched(make(), tmp_path / str(pairs))
+        assert whole == history
+        assert all(torch.equal(found[n], v) for n, v in expected.items())
+        assert all(not p.requires_grad for n, p in found.items() if "noise" not in n)
+    again, whole = matched(make(), tmp_path / "5")  # a run that is complete takes no step
+    assert whole == history and all(torch.equal(again[n], v) for n, v in expected.items())
+
+
+def test_an_interrupted_run_goes_on_with_the_same_objects(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"target": lines, "site": "f", "steps": 5, "seed": 0, "lr": 0.1, "progress": False}
+    expected = Line()
+    history = match_prior(expected, X, directions(), **settings)
+    model, distance = Line(), directions()
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(UserWarning, match="after 2 of 5 .* same settings and"),
+    ):
+        Stopped(patch, 5)
+        match_prior(model, X, distance, checkpoint=tmp_path, **settings)
+    assert model.scale not in (1.0, expected.scale) and not any(p.requires_grad for p in model.net.parameters())
+    assert match_prior(model, X, distance, checkpoint=tmp_path, **settings) == history
+    assert model.scale == expected.scale
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_interrupted_it_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Line()
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(UserWarning, match="after 3 of 9 steps: the prior is as"),
+    ):
+        Stopped(patch, 3)
+        history = match_prior(model, X, energy_distance(), lines, site="f", steps=9, seed=0, progress=False)
+    other = Line()
+    assert match_prior(other, X, energy_distance(), lines, site="f", steps=3, seed=0, progress=False) == history
+    assert model.scale == other.scale and not any(p.requires_grad for p in model.net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.2}, "lr is 0.1 there and 0.2 here: give"),
+        ({"seed": 1}, "seed is 0 there and 1 here: give"),
+        ({"samples": 5, "steps": 3}, "steps is 2 there and 3 here; samples is 128 there and 5 here"),
+        ({"distance": directions(3)}, r"distance is 'd.*steps=2.*' there and 'd.*steps=3.*' here: give"),
+        ({"target": gaussian_process()}, "target is '<function lines>' there and 'gaussian_process.*' here: give"),
+        ({"optimizer": torch.optim.Adam}, "optimizer is .*RMSprop.* there and .*Adam.* here: give"),
+        ({"data": X + 1.0}, "data is .*checksum .* there and .*checksum .* here: give"),
+        ({"model": Line(per="weight")}, r"'model.net.priors.0.loc.w-weight' is \(1, 1\) here and \(\) in the file"),
+    ],
+)
+def test_refuses_the_checkpoint_of_another_run(change: dict, message: str, tmp_path) -> None:
+    settings = {"model": Line(), "data": X, "distance": directions(), "target": lines, "lr": 0.1, "seed": 0}
+    settings |= {"site": "f", "steps": 2, "progress": False, "checkpoint": tmp_path}
+    match_prior(**settings)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        match_prior(**settings | {"model": Line()} | change)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_is_written_now_and_then(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed, and not interrupted, has what was last written."""
+    clock = iter(range(0, 10_000, 16))
+    monkeypatch.setattr(prior_matching.time, "monotonic", lambda: next(clock))
+    settings = {"target": lines, "site": "f", "steps": 9, "seed": 0, "progress": False, "checkpoint": tmp_path}
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        if broken and len(list(tmp_path.iterdir())):
+            raise RuntimeError("killed")
+        return (a.mean() - b.mean()).square() + a.square().mean()
+
+    broken, model, other = True, Line(), Line()
+    with pytest.raises(RuntimeError, match="killed"):
+        match_prior(model, X, distance, **settings)
+    broken = False
+    history = match_prior(model, X, distance, **settings)
+    assert history == match_prior(other, X, distance, **settings | {"checkpoint": tmp_path / "other"})
+    assert model.scale == other.scale
+
+
+def test_the_bar_shows_the_distance_and_the_warm_up(capsys: pytest.CaptureFixture) -> None:
+    history = match_prior(Line(), X, directions(), lines, site="f", steps=2, warmup=1, seed=0, progress=True)
+    shown = capsys.readouterr().err
+    assert f"distance {history['distance'][1]:.4g}" in shown and "2/2" in shown
+
+
 # -------------------------------------------------------------------------------------------- refusals
 
 
@@ -208,6 +362,8 @@ def loose(x: Tensor) -> None:
         (Line(), {"site": "f", "target": None}, "'f' is not observed"),
         (Line(), {"site": "f", "target": lambda n, x: torch.zeros(n, 3)}, r"shape \(128, 3\), and .* \(128, 8\)"),
         (Line(), {"site": "f", "steps": 0}, "steps must be at least 1"),
+        (Line(), {"site": "f", "steps": 5, "warmup": 5}, "from 0 to 4; got 5"),
+        (Line(), {"site": "f", "warmup": 1}, r"energy_distance.* has no state\(\)"),
     ],
 )
 def test_refuses(model: Callable, settings: dict, message: str) -> None:
@@ -232,3 +388,16 @@ def test_the_critic_refuses() -> None:
         wasserstein_critic()(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="must be positive"):
         gaussian_process(variance=-1.0)
+
+
+class Network(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.mean() - b.mean()).square()
+
+
+def test_refuses_a_checkpoint_that_would_lack_something(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"Network\(\) has no state\(\)"):
+        match_prior(Line(), X, Network(), lines, site="f", checkpoint=tmp_path, progress=False)
+    loader = torch.utils.data.DataLoader(torch.randn(6), batch_size=3)
+    with pytest.raises(ValueError, match="a DataLoader cannot be resumed"):
+        match_prior(Row(), loader, energy_distance(), checkpoint=tmp_path, progress=False)

@@ -5,6 +5,8 @@ import torch
 
 from pyro_ae.divergences import sliced_wasserstein, wasserstein_1d
 from pyro_ae.slices import (
+    _along,
+    _distances,
     distributional_sliced_wasserstein,
     generalised_sliced_wasserstein,
     max_sliced_wasserstein,
@@ -74,6 +76,55 @@ def test_a_fitted_distance_is_of_any_other_pair_and_keeps_its_directions():
         fitted = distance.fitted(a, b)
         assert fitted(a[:500], b[:400]) == fitted(a[:500], b[:400])
         assert abs(float(fitted(a, a))) < 1e-9
+
+
+@pytest.mark.parametrize("rows", [(6, 6), (12, 4), (4, 12), (7, 5), (5, 7), (1, 3)])
+@pytest.mark.parametrize("p", [1.0, 2.0, 2.5])
+def test_distances_of_rows_and_their_gradients_are_those_of_columns(rows, p):
+    """With ties, too, of which each is a neighbour of another."""
+    a, b = (torch.randint(-3, 4, (8, n)).double() for n in rows)
+    a[4:], b[4:] = torch.randn(4, rows[0]), torch.randn(4, rows[1])
+    expected = wasserstein_1d(a.T, b.T, p)
+    torch.testing.assert_close(_distances(a, b, p), expected)
+    torch.testing.assert_close(_distances(a.float(), b.float(), p), expected.float(), atol=1e-5, rtol=1e-4)
+    a.requires_grad_()
+    found, wanted = (torch.autograd.grad(f[4:].sum(), a)[0] for f in (_distances(a, b, p), wasserstein_1d(a.T, b.T, p)))
+    assert wanted[4:].abs().max() > 0
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_network_ascends_the_distance_less_the_mean_cosine():
+    a, b = (torch.randn(n, 3, dtype=torch.float64) for n in (12, 4))
+    distance = distributional_sliced_wasserstein(projections=7, steps=1, lr=1e-2, diversity=3.0, sum=True)
+    distance.fitted(a, b)
+    weight, bias = (p.detach().clone().requires_grad_() for p in distance.network.parameters())
+    torch.manual_seed(0)
+    distance.fitted(a, b)
+    torch.manual_seed(0)
+    theta = torch.nn.functional.normalize(torch.randn(7, 3, dtype=torch.float64), dim=1)
+    f = torch.nn.functional.normalize(theta @ weight.T + bias, dim=1)
+    loss = 3.0 * (f @ f.T).abs().mean() - 12 * _along(f.T, 2.0)(a, b)
+    for p, wanted in zip(distance.network.parameters(), torch.autograd.grad(loss, (weight, bias)), strict=True):
+        torch.testing.assert_close(p.grad, wanted)
+
+
+def test_a_state_goes_on_as_the_network_it_is_of():
+    a, b = gaussians(60)
+    one, other = (distributional_sliced_wasserstein(20, 3, 1e-2) for _ in range(2))
+    assert one.state() == {}
+    one(a, b)
+    state = {n: v.clone() for n, v in one.state().items()}
+    other.resume(state)
+    found = []
+    for distance in (one, other):
+        torch.manual_seed(0)
+        found.append([float(distance(a, b)) for _ in range(3)])
+    assert found[0] == found[1]
+    one.resume({})
+    assert one.network is None
+    one.resume(state)
+    torch.manual_seed(0)
+    assert float(one(a, b)) == found[0][0]
 
 
 def test_a_network_goes_on_learning_where_it_was():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..bayesian import Bayesian
@@ -27,7 +23,15 @@ from .run import Event, NonFiniteError, Run
 from .stacked import StackedEnergy
 from .starts import starting_points
 from .store import Store
-from .stream import Stream, random_state, set_random_state
+from .stream import (
+    Stream,
+    optimizer_state,
+    random_state,
+    read_state,
+    set_optimizer_state,
+    set_random_state,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from .stepping import Stepping
@@ -266,45 +270,33 @@ class Stacked:
     def _save(self) -> None:
         folder = self.circumstances.checkpoint
         assert folder is not None
-        tensors = {f"state.{n}": v for n, v in self.state.items()} | {"densities": self.densities}
-        tensors |= {f"random.{n}": v for n, v in random_state(self.program.device).items()}
-        tensors |= {f"stream.{n}": v for n, v in self.stream.state().items()}
-        tensors |= {f"parameters.{n}": v for n, v in self.program.parameters.state().items()}
-        if self.optimizer is not None:
-            for i, values in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(v) for n, v in values.items()}
+        parts = {
+            "state": self.state,
+            "random": random_state(self.program.device),
+            "stream": self.stream.state(),
+            "parameters": self.program.parameters.state(),
+            "optimizer": {} if self.optimizer is None else optimizer_state(self.optimizer),
+            "chains": {"densities": self.densities},
+        }
         about = {"method": repr(self.config), "done": self.done, "drawn": self.drawn, "history": self.history}
-        made = folder / "state.new"
-        save_file({n: v.cpu().contiguous() for n, v in tensors.items()}, made, metadata={"run": json.dumps(about)})
-        os.replace(made, folder / "state.safetensors")
+        write_state(folder / "state.safetensors", parts, about)
 
     def _resume(self) -> None:
         folder = self.circumstances.checkpoint
         if folder is None or not (folder / "state.safetensors").exists():
             return
-        file = folder / "state.safetensors"
-        with safe_open(file, "pt") as opened:
-            about = json.loads(opened.metadata()["run"])
-        tensors = load_file(file)
-        ours, theirs = self.state["position"].shape, tensors["state.position"].shape
+        parts, about = read_state(folder / "state.safetensors")
+        ours, theirs = self.state["position"].shape, parts["state"]["position"].shape
         if about["method"] != repr(self.config) or ours != theirs:
             raise ValueError(
                 f"{folder} holds the state of {about['method']} over {theirs[-1]} latents, another fit than "
                 f"{self.config!r} over {ours[-1]}: give a new folder, or the same settings"
             )
-
-        def part(prefix: str) -> State:
-            return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-        self.state = {n: v.to(self.program.device) for n, v in part("state.").items()}
-        self.program.parameters.load(part("parameters."))
+        self.state = {n: v.to(self.program.device) for n, v in parts["state"].items()}
+        self.program.parameters.load(parts.get("parameters", {}))
         if self.optimizer is not None:
-            held: dict[int, dict] = {}
-            for name, value in part("optimizer.").items():
-                index, _, key = name.partition(".")
-                held.setdefault(int(index), {})[key] = value
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": held})
-        self.densities.copy_(tensors["densities"])
+            set_optimizer_state(self.optimizer, parts.get("optimizer", {}))
+        self.densities.copy_(parts["chains"]["densities"])
         self.history, self.done, self.drawn = about["history"], about["done"], about["drawn"]
-        self.stream.resume(part("stream."))
-        set_random_state(part("random."), self.program.device)
+        self.stream.resume(parts["stream"])
+        set_random_state(parts["random"], self.program.device)

@@ -1,11 +1,16 @@
-"""Minibatches without end, and where in them a fit stands."""
+"""Minibatches without end, where in them a fit stands, and files of what it goes on from."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data import Call, LoadedRows, Rows
@@ -25,7 +30,40 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-class Stream:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser has gathered, for :func:`set_optimizer_state`."""
+    gathered = optimizer.state_dict()["state"]
+    return {f"{i}.{n}": torch.as_tensor(v) for i, part in gathered.items() for n, v in part.items() if v is not None}
+
+
+def set_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    gathered: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        index, _, key = name.partition(".")
+        gathered.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": gathered})
+
+
+def write_state(file: Path, parts: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
+    """Tensors by part and name, and what JSON can hold; the file before stays until this one is whole."""
+    tensors = {f"{part}.{n}": v.cpu().contiguous() for part, named in parts.items() for n, v in named.items()}
+    made = file.with_suffix(".new")
+    save_file(tensors, made, metadata={"run": json.dumps(about)})
+    os.replace(made, file)
+
+
+def read_state(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What :func:`write_state` wrote."""
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["run"])
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(file).items():
+        part, _, key = name.partition(".")
+        parts.setdefault(part, {})[key] = value
+    return parts, about
+
+
+class Stream(Iterator[Call]):
     """Batch after batch, pass after pass over the data, each in a new order.
 
     Arguments:
