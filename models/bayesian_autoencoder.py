@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from itertools import chain
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -63,9 +64,10 @@ class BayesianAutoencoder(nn.Module):
         parts = {"encoder": encoder, "decoder": decoder}
         if isinstance(bayesian, str) or not set(bayesian) <= set(parts):
             raise ValueError(f'bayesian is a collection of "encoder" and "decoder", got {bayesian!r}')
-        for name, module in parts.items():
-            fixed = () if name in bayesian else ("*",)
-            setattr(self, name, Bayesian(module, prior, deterministic=fixed, name=name, start=start))
+        self.encoder, self.decoder = (
+            Bayesian(module, prior, deterministic=() if name in bayesian else ("*",), name=name, start=start)
+            for name, module in parts.items()
+        )
         self.latent = latent
         self.likelihood = likelihood
 
@@ -77,7 +79,7 @@ class BayesianAutoencoder(nn.Module):
         else:
             filled, observed = fill_missing(x)
             z = pyro.deterministic("z", self.encoder(*(v for v in (filled, observed) if v is not None)), event_dim=1)
-        p = self.likelihood(self.decoder(z))
+        p: Any = self.likelihood(self.decoder(z))
         with batch_plate(x, size):
             return observe("x", p.to_event(len(p.batch_shape) - (z.dim() - 1)), x)
 

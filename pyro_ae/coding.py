@@ -27,7 +27,7 @@ def code_sites(posterior: Posterior, code: str | None, what: str) -> list[str]:
     if code is None and (local or CODE in known):
         return local or [CODE]
     if code in local or code in known:
-        return [code]  # type: ignore[list-item]
+        return [code]
     asked = "" if code is None else f" and no site {code!r}, by pyro.deterministic or inside that plate"
     shared = quote(posterior.program.layout.names("latent")) or "none"
     raise ValueError(

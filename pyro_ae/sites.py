@@ -256,8 +256,9 @@ def _check_support(site: Any, guided: Any) -> None:
 
 
 def _without_dims(support: Any) -> Any:
-    """A constraint without the event dims that to_event gave it."""
-    while isinstance(support, type(constraints.independent(constraints.real, 0))):
+    """A constraint without the event dims that to_event gave it, of a mixture that of its components."""
+    wrappers = (type(constraints.independent(constraints.real, 0)), constraints.MixtureSameFamilyConstraint)
+    while isinstance(support, wrappers):
         support = support.base_constraint
     return support
 

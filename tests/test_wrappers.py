@@ -292,3 +292,14 @@ def test_features_of_another_width() -> None:
     model, x = ppca()
     with pytest.raises(ValueError, match=r"features \[\*, 9\], and the encoder gave \[40, 8\]"):
         log_weights(model, Amortized(MLP(5, [8]), MeanField(9, 2)), x)
+
+
+def test_a_mixture_as_prior_has_the_support_of_its_components():
+    def model(x):
+        parts = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+        with batch_plate(x):
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), parts))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    guide = Amortized(nn.Linear(2, 4), MeanField(4, 2))
+    assert torch.isfinite(importance(iwae, 3)(model, guide, torch.randn(5, 2)))

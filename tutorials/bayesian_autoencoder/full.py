@@ -1,0 +1,135 @@
+"""The table and the pictures of the tutorial at full size.
+
+``python tutorials/bayesian_autoencoder/full.py mnist --seeds 4 --workers 2 --out tutorials/bayesian_autoencoder`` runs
+the comparison of ``pyro_ae.papers.bayesian_autoencoder`` for each seed, and writes its table (``mnist.csv``), a summary
+(``mnist.md``) and pictures (``mnist_*.png``). What is there of an earlier, interrupted call is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from pyro.infer import Predictive
+from pyro.poutine import uncondition
+
+from pyro_ae.diagnostics import plots
+from pyro_ae.latent_densities import flow, gaussian, mixture, nearest
+from pyro_ae.papers import bayesian_autoencoder as paper
+from pyro_ae.runtime import seeded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scale", choices=paper.SCALES)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("."))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    matplotlib.use("Agg")
+    began = time.perf_counter()
+    jobs = [(given.scale, seed, given.out) for seed in range(given.seeds)]
+    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+        table = pd.concat(pool.map(run, *zip(*jobs, strict=True)))
+    table.round(4).to_csv(given.out / f"{given.scale}.csv", index=False)
+    (given.out / f"{given.scale}.md").write_text(summary(table), encoding="utf-8")
+    for data in paper.SCALES[given.scale].data:
+        if table[table["data"] == data]["size"].nunique() > 1:
+            _save(against_size(table[table["data"] == data]), given.out / f"{data}_size.png")
+        pictures(given.scale, data, given.out)
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def run(scale: str, seed: int, out: Path) -> pd.DataFrame:
+    """One seed's table, from a file if it was run before."""
+    torch.set_num_threads(1)
+    file = out / f"{scale}_{seed}.csv"
+    if not file.exists():
+        paper.run(scale, seed, progress=True).to_csv(file, index=False)
+    return pd.read_csv(file).assign(seed=seed)
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Mean and standard error over seeds, as a table in Markdown."""
+    columns = ["ll", "ll_mixture", "error", "frechet", "seconds"]
+    lines = ["| data | images | method | " + " | ".join(columns) + " |", "|---|---:|---|" + "---:|" * len(columns)]
+    for (data, size, method), part in table.groupby(["data", "size", "method"], sort=False):
+        cells = [f"{part[c].mean():.1f} ± {part[c].sem():.1f}" for c in columns]
+        lines.append(f"| {data} | {size} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def against_size(table: pd.DataFrame) -> plt.Figure:
+    """Log-likelihood against the number of training images, with standard errors over seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    colours = plt.get_cmap("cividis")(torch.linspace(0, 0.9, table["method"].nunique()).tolist())
+    for (method, part), colour, marker in zip(
+        table.groupby("method", sort=False), colours, "osD^v<>pPX*hd8H", strict=False
+    ):
+        by = part.groupby("size")["ll"]
+        strong = {"linewidth": 3} if method == paper.TUNED else {}
+        axes.errorbar(
+            by.mean().index, by.mean(), by.sem(), label=method, marker=marker, color=colour, capsize=3, **strong
+        )
+    axes.set(xscale="log", xlabel="training images", ylabel="log-likelihood of the mean image [nats per test image]")
+    sizes = sorted(table["size"].unique())
+    axes.minorticks_off()
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def pictures(scale: str, data: str, out: Path) -> None:
+    """Images of the prior before and after, reconstructions with their uncertainty, and new images by density."""
+    settings = paper.SCALES[scale]
+    part = paper.split(data, settings, 0)
+    x = part.train[: min(200, len(part.train))]
+    with seeded(0):
+        start = paper.pretrained(settings, data, part.tuning, True)
+        untuned, tuned = (
+            paper.tune(about, start, part.tuning, -6.0, True)
+            for about in (replace(settings.matching, steps=0), settings.matching)
+        )
+        some = part.tuning[:5]
+        drawn = [
+            Predictive(uncondition(m), num_samples=4, return_sites=["decoded"])(some)["decoded"]
+            .flatten(0, 1)
+            .squeeze(1)
+            for m in (paper.autoencoder(settings.networks(data)), untuned, tuned)
+        ]
+        names = ["tuned on", "N(0, 1)", "before", "after"]
+        _save(plots.images(part.tuning[:20], *drawn, names=names, columns=20).figure, out / f"{data}_prior.png")
+        posterior = paper.fitted(settings, data, paper.TUNED, start, {paper.TUNED: tuned}, x, True)
+        _save(plots.uncertainty(posterior, part.test, n=10)[0].figure, out / f"{data}_uncertainty.png")
+        densities = {
+            "normal": gaussian(),
+            "mixture": mixture(10),
+            "Dirichlet process": mixture(20, dirichlet_process=True, steps=2000),
+            "neighbours": nearest(),
+            "flow": flow(),
+        }
+        made = [posterior.generate(20, density=d, mean=True, sites=["decoded"]) for d in densities.values()]
+        _save(
+            plots.images(part.test[:20], *made, names=["test", *densities], columns=20).figure,
+            out / f"{data}_densities.png",
+        )
+
+
+def _save(figure: plt.Figure, file: Path) -> None:
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
