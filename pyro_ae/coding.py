@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .draws import average, draw, encode, mean_or_value, means
+from .data import Call
+from .draws import average, draw, encode, mean_or_value
 from .sites import quote
+from .types import Draws
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -54,12 +56,14 @@ def reconstruct(posterior: Posterior, data: Any, draws: int) -> dict[str, Tensor
     """The likelihood's mean given each row, site to ``[N, *event]``; see :meth:`.posterior.Posterior.reconstruct`."""
     program = posterior.program
     sites = code_sites(posterior, None, "reconstruct")
+
+    def mean_of_rows(values: Draws, batch: Call) -> dict[str, Tensor]:
+        return average(program, values, batch, lambda layout: layout.names("observed"), mean_or_value)
+
     if posterior.draws is None and sites[0] in posterior.local:
-        chunks = posterior._chunks(data, draws)
-        parts = [means(program, draw(program, draws, batch), batch) for batch in chunks]
-        return {n: torch.cat([p[n].mean(0) for p in parts]) for n in parts[0]}
-    values = _shared_draws(posterior, draws, data)
-    return average(program, values, posterior._rows(data).call(), lambda s: s.names("observed"), mean_or_value)
+        parts = [mean_of_rows(draw(program, draws, batch), batch) for batch in posterior._chunks(data, draws)]
+        return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+    return mean_of_rows(_shared_draws(posterior, draws, data), posterior._rows(data).call())
 
 
 def _shared_draws(posterior: Posterior, draws: int, data: Any) -> dict[str, Tensor]:
