@@ -2,7 +2,8 @@
 
 ``python tutorials/bayesian_autoencoder/full.py mnist --seeds 4 --workers 2 --out tutorials/bayesian_autoencoder`` runs
 the comparison of ``pyro_ae.papers.bayesian_autoencoder`` for each seed, and writes its table (``mnist.csv``), a summary
-(``mnist.md``) and pictures (``mnist_*.png``). What is there of an earlier, interrupted call is not run again.
+(``mnist.md``, the table in README.md) and pictures (``mnist_*.png``). What is there of an earlier, interrupted call is
+not run again.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def main() -> None:
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
         table = pd.concat(pool.map(run, *zip(*jobs, strict=True)))
     table.round(4).to_csv(given.out / f"{given.scale}.csv", index=False)
-    (given.out / f"{given.scale}.md").write_text(summary(table), encoding="utf-8")
     for data in paper.SCALES[given.scale].data:
+        (given.out / f"{data}.md").write_text(summary(table[table["data"] == data]), encoding="utf-8")
         if table[table["data"] == data]["size"].nunique() > 1:
             _save(against_size(table[table["data"] == data]), given.out / f"{data}_size.png")
         pictures(given.scale, data, given.out)
@@ -61,12 +62,18 @@ def run(scale: str, seed: int, out: Path) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Mean and standard error over seeds, as a table in Markdown."""
-    columns = ["ll", "ll_mixture", "error", "frechet", "seconds"]
-    lines = ["| data | images | method | " + " | ".join(columns) + " |", "|---|---:|---|" + "---:|" * len(columns)]
-    for (data, size, method), part in table.groupby(["data", "size", "method"], sort=False):
-        cells = [f"{part[c].mean():.1f} ± {part[c].sem():.1f}" for c in columns]
-        lines.append(f"| {data} | {size} | {method} | " + " | ".join(cells) + " |")
+    """Mean and standard error over seeds, and the seconds of the quickest, as a table in Markdown."""
+    columns = {
+        "ll": ("log-likelihood of the mean image", 0),
+        "ll_mixture": ("of the mixture of draws", 0),
+        "error": ("squared error", 1),
+        "frechet": ("Frechet distance", 1),
+    }
+    names = ["images", "method", *(name for name, _ in columns.values()), "seconds"]
+    lines = ["| " + " | ".join(names) + " |", "|---:|---|" + "---:|" * (len(columns) + 1)]
+    for (size, method), part in table.groupby(["size", "method"], sort=False):
+        cells = [f"{part[c].mean():.{d}f} ± {part[c].sem():.{d}f}" for c, (_, d) in columns.items()]
+        lines.append("| " + " | ".join([str(size), method, *cells, f"{part['seconds'].min():.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 
