@@ -1,0 +1,374 @@
+"""The loss and gradients of a step: by the program itself, or by a tape of one of its runs where that is quicker."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data import Call, LoadedRows, Rows, missing_values
+from ..lowering.capture import CaptureError
+from ..lowering.tape import Tape, Values, record
+from ..program import Program
+from ..schedules import Asked, progress
+from ..settings import changed, settings
+
+MODES = ("auto", True, False, "replay", "inductor")
+
+REPLAY_PAYS = 500
+"""Steps from which on a tape is worth its recording and its check, which take as long as about 150 steps do."""
+
+INDUCTOR_PAYS = 600.0
+"""Seconds of replays from which on a compiler is tried, which takes half a minute and spares a fifth at best."""
+
+CHECKS = (0, 10, 100, 1_000, 10_000, 100_000)
+"""Replays after which the next one is compared with the program itself."""
+
+
+def check_mode(compile: Any) -> None:
+    """Refuse what ``fit(compile=...)`` is not."""
+    if not any(compile is mode or (isinstance(compile, str) and compile == mode) for mode in MODES):
+        raise ValueError(f"compile must be one of {', '.join(map(repr, MODES))}, got {compile!r}")
+
+
+@dataclass
+class _Taped:
+    """A tape for one shape of a batch, what runs it, and how often it was run."""
+
+    tape: Tape
+    asked: Asked
+    run: Callable[..., Values]
+    count: int = 0
+    seconds: float = 0.0
+    compiled: bool = False
+
+
+@dataclass
+class Steps:
+    """What a program's loss and gradients are at each step.
+
+    A run is recorded for each shape of a batch and replayed from then on: see :class:`pyro_ae.lowering.tape.Tape`.
+    Before its first use a replay is compared with the program at other parameters and another part of the fit, and
+    now and again afterwards. A program that cannot be recorded runs as it is, and that is said once.
+
+    Arguments:
+        evaluate: of a batch, a list of tensors, or None for some.
+        program: that it runs.
+        loss: that it runs; its buffers and settings are watched as the program's are.
+        mode: as for ``fit(compile=...)``.
+        data: of the fit, to know whether values are missing.
+
+    Attributes:
+        reason: why the program runs as it is, where it cannot be recorded.
+    """
+
+    evaluate: Callable[[Call], Values]
+    program: Program
+    loss: Any
+    mode: bool | str
+    data: Rows | LoadedRows
+    reason: str | None = None
+    _taped: dict[tuple, _Taped] = field(default_factory=dict)
+    _seen: dict[tuple, int] = field(default_factory=dict)
+    _settings: dict[str, Any] | None = None
+    _missing: bool | None = None
+
+    def __call__(self, batch: Call, done: float, left: int, ready: bool) -> Values:
+        """The values of a step.
+
+        Arguments:
+            batch: rows.
+            done: the part of the fit that is done.
+            left: steps from this one to the last.
+            ready: whether the program has run before, as it is to run now.
+        """
+        if self.mode is False or self.reason is not None:
+            return self._run(batch, done)
+        missing = self._has_missing(batch)
+        tensors = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
+        given = [(n, None if isinstance(v, Tensor) else repr(v)) for n, v in _named(batch)]
+        key = (missing, *given, *((t.shape, t.dtype, t.is_contiguous()) for t in tensors))
+        with missing_values(missing):
+            if (taped := self._taped.get(key)) is not None:
+                return self._replay(taped, batch, tensors, done, left)
+            seen = self._seen[key] = self._seen.get(key, 0) + 1
+            expected = left * seen / sum(self._seen.values())
+            if not ready or (self.mode == "auto" and (seen < 3 or expected < REPLAY_PAYS)):
+                return self._run(batch, done)
+            return self._record(key, batch, tensors, done)
+
+    def reset(self) -> None:
+        """Forget the tapes: what is trained has changed."""
+        self._taped.clear()
+
+    def refresh(self) -> None:
+        """Forget the tapes if someone has changed a setting since they were made."""
+        if self._taped and changed(self._settings or {}, self._now()):
+            self.reset()
+
+    def _run(self, batch: Call, done: float) -> Values:
+        with progress(done):
+            return self.evaluate(batch)
+
+    def _has_missing(self, batch: Call) -> bool:
+        if self._missing is None and isinstance(self.data, Rows) and self.data.nbytes < 2**30:
+            self._missing = self.data.has_missing
+        if self._missing is False:
+            return False
+        return Rows("tuple", dict(_named(batch))).has_missing
+
+    def _modules(self) -> list[nn.Module]:
+        own = list(self.loss.modules()) if isinstance(self.loss, nn.Module) else []
+        return [*self.program.parameters.submodules(), *own]
+
+    def _now(self) -> dict[str, Any]:
+        program = self.program
+        guide = None if program.guide is None else program.guide.fn
+        return settings({"model": program.model.fn, "guide": guide, "loss": self.loss}, self._modules())
+
+    def _buffers(self) -> list[Tensor]:
+        return list({id(b): b for m in self._modules() for b in m._buffers.values() if b is not None}.values())
+
+    def _parameters(self) -> list[Tensor]:
+        own = [p for m in self._modules() for p in m._parameters.values() if p is not None]
+        return list({id(p): p for p in (*self.program.parameters.named().values(), *own)}.values())
+
+    # ------------------------------------------------------------------------------------------------ recording
+
+    def _record(self, key: tuple, batch: Call, tensors: list[Tensor], done: float) -> Values:
+        asked = Asked(self.program.device)
+
+        def run(*tensors: Tensor) -> Values:
+            with asked:
+                return self.evaluate(_with(batch, tensors))
+
+        buffers, before, outside = self._buffers(), self._now(), _Outside()
+        with _restored(buffers) as keep, progress(done):
+            try:
+                live = [*self._parameters(), *buffers, asked.cells]
+                values, tape = record(run, *tensors, live=live)
+                if moved := changed(before, self._now()):
+                    raise CaptureError(f"each step changes what Python keeps: {', '.join(moved[:3])}")
+                outside.check()
+                keep()
+                self._settings = before
+                self._taped[key] = _Taped(tape, asked, tape)
+                return values
+            except CaptureError as error:
+                self._give_up(error)
+        return self._run(batch, done)
+
+    def _give_up(self, error: Exception) -> None:
+        self.reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.reset()
+        warnings.warn(
+            "the loss cannot be captured, so each step runs the model and guide themselves, which is slower "
+            f"(fit(..., compile=False) says nothing): {self.reason}",
+            stacklevel=2,
+        )
+
+    # ------------------------------------------------------------------------------------------------ replaying
+
+    def _replay(self, taped: _Taped, batch: Call, tensors: list[Tensor], done: float, left: int) -> Values:
+        if taped.count in CHECKS:
+            try:
+                self._check(taped, batch, tensors, done, elsewhere=taped.count == 0)
+            except CaptureError as error:
+                if taped.count:
+                    raise CaptureError(
+                        f"after {taped.count} steps {error}, so the fit went wrong somewhere: pass compile=False"
+                    ) from error
+                self._give_up(error)
+                return self._run(batch, done)
+        if self._compiles(taped, left):
+            self._compile(taped, batch, tensors, done)
+        taped.count += 1
+        with progress(done):
+            if taped.asked.schedules:
+                taped.asked.set()
+            if taped.count > 100:
+                return taped.run(*tensors)
+            start = time.perf_counter()
+            values = taped.run(*tensors)
+            taped.seconds += time.perf_counter() - start
+            return values
+
+    def _check(self, taped: _Taped, batch: Call, tensors: list[Tensor], done: float, elsewhere: bool) -> None:
+        """Compare a replay with the program, in all that they give and change."""
+        parameters = self._parameters() if elsewhere else []
+        written = list({id(t): t for t in (*self._buffers(), *taped.tape.written)}.values())
+        done = 0.618 * done + 0.2 if elsewhere else done
+        with _restored([*written, *parameters], anyway=True) as restart, torch.no_grad():
+            noise = torch.Generator(self.program.device).manual_seed(0)
+            for p in parameters:
+                if p.is_floating_point():
+                    step = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=noise)
+                    p.add_(0.02 * (p.abs().mean() + 1e-2) * step)
+            moved = [p.clone() for p in parameters]
+            with progress(done):
+                taped.asked.set()
+                replayed = [None if t is None else t.clone() for t in taped.run(*tensors)]
+            after = [t.clone() for t in written], torch.get_rng_state()
+            restart()
+            for p, value in zip(parameters, moved, strict=True):
+                p.copy_(value)
+            with torch.enable_grad():
+                ours = self._run(batch, done)
+            for name, theirs, mine in [
+                ("other values", replayed, ours),
+                ("buffers other values", after[0], written),
+            ]:
+                if not all(map(_close, theirs, mine)):
+                    raise CaptureError(f"a replay gives {name} than the model and guide do")
+            if self.program.device.type == "cpu" and not torch.equal(after[1], torch.get_rng_state()):
+                raise CaptureError("a replay draws other random numbers than the model and guide do")
+
+    # ------------------------------------------------------------------------------------------------ compiling
+
+    def _compiles(self, taped: _Taped, left: int) -> bool:
+        if taped.compiled or self.mode == "replay" or any(t.compiled for t in self._taped.values()):
+            return False
+        if self.program.device.type == "cuda" or self.mode == "inductor":
+            return True
+        return taped.count == 100 and left * taped.seconds / 100 > INDUCTOR_PAYS
+
+    def _compile(self, taped: _Taped, batch: Call, tensors: list[Tensor], done: float) -> None:
+        """Have the tape compiled, and keep what comes out if it is right and quicker."""
+        taped.compiled = True
+        slow = taped.run
+        make = cuda_graph if self.program.device.type == "cuda" and self.mode != "inductor" else inductor
+        written = list({id(t): t for t in (*self._buffers(), *taped.tape.written)}.values())
+        try:
+            with _restored(written, anyway=True):
+                taped.run = make(taped.tape, tensors)
+                quick = self.mode == "inductor" or _seconds(taped.run, tensors) < _seconds(slow, tensors)
+            self._check(taped, batch, tensors, done, elsewhere=True)
+        except Exception as error:  # a compiler may fail in any way, and its lack is no fault of the fit
+            taped.run, quick = slow, True
+            if self.mode == "inductor":
+                warnings.warn(f"the loss cannot be compiled, so it is replayed: {str(error)[:300]}", stacklevel=2)
+        if not quick:
+            taped.run = slow
+
+
+def inductor(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
+    """A tape compiled by torch's inductor, drawing the random numbers that torch itself draws."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch.no_grad(), config.patch(fallback_random=True):
+        run = compile_fx(tape.module, [*inputs, *tape.held])
+
+    def replay(*inputs: Tensor) -> Values:
+        with torch.no_grad():
+            return list(run(*inputs, *tape.held))
+
+    return replay
+
+
+def cuda_graph(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
+    """A tape as a CUDA graph: one launch for all of its kernels."""
+    static = [t.clone() for t in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what libraries set up when they are first called must not be a part of it
+        for _ in range(3):
+            tape(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values = tape(*static)
+
+    def replay(*inputs: Tensor) -> Values:
+        for mine, theirs in zip(static, inputs, strict=True):
+            mine.copy_(theirs)
+        graph.replay()
+        return values
+
+    return replay
+
+
+def _seconds(run: Callable[..., Values], inputs: list[Tensor]) -> float:
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        run(*inputs)
+        if inputs and inputs[0].is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _named(batch: Call) -> list[tuple[str, Any]]:
+    return [*((str(i), v) for i, v in enumerate(batch.args)), *batch.kwargs.items()]
+
+
+def _with(batch: Call, tensors: tuple[Tensor, ...]) -> Call:
+    """The same call with other tensors."""
+    given = iter(tensors)
+    values = [next(given) if isinstance(v, Tensor) else v for _, v in _named(batch)]
+    count = len(batch.args)
+    return Call(tuple(values[:count]), dict(zip(batch.kwargs, values[count:], strict=True)))
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    a, b = a.double(), b.double()
+    scale = b.abs().nan_to_num(0.0, 0.0, 0.0).amax() if b.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(scale) + 1e-12, equal_nan=True)
+
+
+@contextmanager
+def _restored(tensors: list[Tensor], *, anyway: bool = False) -> Iterator[Callable[[], None]]:
+    """Put tensors and torch's random states back at the end.
+
+    It gives a function that keeps them as they are instead; with ``anyway`` one that puts them back at once as well.
+    """
+    saved = [t.detach().clone() for t in tensors]
+    cuda = torch.cuda.is_initialized()
+    state = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+    kept = False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+        if anyway:
+            put_back()
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for t, value in zip(tensors, saved, strict=True):
+                t.copy_(value)
+        torch.set_rng_state(state[0])
+        if cuda:
+            torch.cuda.set_rng_state_all(state[1])
+
+    try:
+        yield keep
+    finally:
+        if anyway or not kept:
+            put_back()
+
+
+class _Outside:
+    """The random numbers that torch does not draw, which no replay would draw anew."""
+
+    def __init__(self) -> None:
+        self.before = self._state()
+
+    def _state(self) -> tuple:
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        return random.getstate(), kind, keys.tobytes(), *rest  # type: ignore[union-attr]
+
+    def check(self) -> None:
+        if self._state() != self.before:
+            raise CaptureError("each step draws random numbers by NumPy or random, which a replay would repeat")
