@@ -65,7 +65,8 @@ class Asked:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.cells = torch.zeros(64, device=device)
-        self._views: list[Tensor] = list(self.cells.unbind())
+        # .data, as views that shared a version would not let autograd keep one when another is set
+        self._views: list[Tensor] = [cell.data for cell in self.cells.unbind()]
         self.schedules: list[Callable[[float], float]] = []
 
     def __enter__(self) -> Asked:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.nn.functional import one_hot
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,17 +90,16 @@ def record(fn: Callable[..., Values], *inputs: Tensor, live: Iterable[Tensor]) -
     live = list(live)
 
     def run(*tensors: Tensor) -> Values:
-        with _Watch([*tensors, *live]):
+        with _Watch([*tensors, *live]), _Unchecked():
             out = fn(*tensors)
         results.append([None if t is None else t.detach() for t in out])
         return out
 
     try:
         module = make_fx(run)(*inputs)
-    except CaptureError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
-        raise CaptureError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError, CaptureError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CaptureError(what + _where(error)) from error
     return results[0], _tape(module, live)
 
 
@@ -139,6 +140,27 @@ class _Watch(TorchDispatchMode):
         if changes:
             self._mark([*tree_leaves(out), *(given if func._schema.is_mutable else [])])
         return out
+
+
+class _Unchecked(TorchFunctionMode):
+    """Do without the looks at values that torch takes to check them, and to give the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is one_hot and (classes := (*args[1:], kwargs.get("num_classes", -1))[0]) > 0:
+            return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
+        return func(*args, **kwargs)
+
+
+def _where(error: BaseException) -> str:
+    """The line that failed, of the last file that is not torch's or Pyro's."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in ("torch", "pyro", "contextlib") and name != __name__:
+            place = f" [{name}, line {trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}]"
+        trace = trace.tb_next
+    return place
 
 
 def _sized_by_values(func: Any, args: tuple) -> bool:
