@@ -65,9 +65,17 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         return [*inside, *outside, *wrapped]
     kept = getattr(value, "__dict__", None)
     parts = [] if kept is None else [(f".{n}", v) for n, v in list(kept.items()) if n not in CACHES]
+    parts += [(f".{n}", getattr(value, n)) for n in _slots(type(value)) if hasattr(value, n)]
     if hasattr(value, "func") and hasattr(value, "keywords"):  # a partial
         parts += [("", value.func), ("", value.args), ("", value.keywords)]
     return parts
+
+
+def _slots(kind: type) -> list[str]:
+    if kind.__module__.partition(".")[0] in ("builtins", "torch", "numpy", "pyro"):
+        return []
+    slots = [vars(k).get("__slots__", ()) for k in kind.__mro__]
+    return [n for names in slots for n in ([names] if isinstance(names, str) else names)]
 
 
 def _own(value: Any) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -103,6 +105,8 @@ class Steps:
             expected = left * seen / sum(self._seen.values())
             if not ready or (self.mode == "auto" and (seen < 3 or expected < REPLAY_PAYS)):
                 return self._run(batch, done)
+            if self._settings is None:
+                return self._look(batch, done)
             return self._record(key, batch, tensors, done)
 
     def reset(self) -> None:
@@ -111,7 +115,8 @@ class Steps:
 
     def refresh(self) -> None:
         """Forget the tapes if someone has changed a setting since they were made."""
-        if self._taped and changed(self._settings or {}, self._now()):
+        if self._settings is not None and changed(self._settings, self._now()):
+            self._settings = None
             self.reset()
 
     def _run(self, batch: Call, done: float) -> Values:
@@ -143,31 +148,37 @@ class Steps:
 
     # ------------------------------------------------------------------------------------------------ recording
 
+    def _look(self, batch: Call, done: float) -> Values:
+        """Run the program, and see whether Python keeps something from one step to the next."""
+        before, outside = self._now(), _random_states()
+        values = self._run(batch, done)
+        self._settings = self._now()
+        if moved := changed(before, self._settings):
+            self._give_up(f"each step changes what Python keeps: {', '.join(moved[:3])}")
+        elif _random_states() != outside:
+            self._give_up("each step draws random numbers by NumPy or random, which a replay would repeat")
+        return values
+
     def _record(self, key: tuple, batch: Call, tensors: list[Tensor], done: float) -> Values:
-        asked = Asked(self.program.device)
+        """Run the program under the eyes of a tape."""
+        asked, buffers = Asked(self.program.device), self._buffers()
 
         def run(*tensors: Tensor) -> Values:
             with asked:
                 return self.evaluate(_with(batch, tensors))
 
-        buffers, before, outside = self._buffers(), self._now(), _Outside()
-        with _restored(buffers) as keep, progress(done):
+        with _restored(buffers) as keep, progress(done), quiet():
             try:
-                live = [*self._parameters(), *buffers, asked.cells]
-                values, tape = record(run, *tensors, live=live)
-                if moved := changed(before, self._now()):
-                    raise CaptureError(f"each step changes what Python keeps: {', '.join(moved[:3])}")
-                outside.check()
+                values, tape = record(run, *tensors, live=[*self._parameters(), *buffers, asked.cells])
                 keep()
-                self._settings = before
                 self._taped[key] = _Taped(tape, asked, tape)
                 return values
             except CaptureError as error:
-                self._give_up(error)
+                self._give_up(str(error))
         return self._run(batch, done)
 
-    def _give_up(self, error: Exception) -> None:
-        self.reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
         self.reset()
         warnings.warn(
             "the loss cannot be captured, so each step runs the model and guide themselves, which is slower "
@@ -186,7 +197,7 @@ class Steps:
                     raise CaptureError(
                         f"after {taped.count} steps {error}, so the fit went wrong somewhere: pass compile=False"
                     ) from error
-                self._give_up(error)
+                self._give_up(str(error))
                 return self._run(batch, done)
         if self._compiles(taped, left):
             self._compile(taped, batch, tensors, done)
@@ -335,7 +346,8 @@ def _restored(tensors: list[Tensor], *, anyway: bool = False) -> Iterator[Callab
     """
     saved = [t.detach().clone() for t in tensors]
     cuda = torch.cuda.is_initialized()
-    state = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    on_cuda = torch.cuda.get_rng_state_all() if cuda else []
     kept = False
 
     def keep() -> None:
@@ -348,9 +360,11 @@ def _restored(tensors: list[Tensor], *, anyway: bool = False) -> Iterator[Callab
         with torch.no_grad():
             for t, value in zip(tensors, saved, strict=True):
                 t.copy_(value)
-        torch.set_rng_state(state[0])
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
         if cuda:
-            torch.cuda.set_rng_state_all(state[1])
+            torch.cuda.set_rng_state_all(on_cuda)
 
     try:
         yield keep
@@ -359,16 +373,21 @@ def _restored(tensors: list[Tensor], *, anyway: bool = False) -> Iterator[Callab
             put_back()
 
 
-class _Outside:
-    """The random numbers that torch does not draw, which no replay would draw anew."""
+def _random_states() -> tuple:
+    """Of the random numbers that torch does not draw, and no replay draws anew."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), kind, keys.tobytes(), *rest  # type: ignore[union-attr]
 
-    def __init__(self) -> None:
-        self.before = self._state()
 
-    def _state(self) -> tuple:
-        kind, keys, *rest = np.random.get_state(legacy=True)
-        return random.getstate(), kind, keys.tobytes(), *rest  # type: ignore[union-attr]
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Have Pyro's ELBOs not look for NaN while they are recorded: the fit looks after each step."""
+    looks = [(m, n) for m in _modules_of_pyro() for n in ("warn_if_nan", "warn_if_inf") if hasattr(m, n)]
+    with ExitStack() as stack:
+        for module, name in looks:
+            stack.enter_context(patch.object(module, name, lambda value, *args, **kwargs: value))
+        yield
 
-    def check(self) -> None:
-        if self._state() != self.before:
-            raise CaptureError("each step draws random numbers by NumPy or random, which a replay would repeat")
+
+def _modules_of_pyro() -> list[Any]:
+    return [m for n, m in list(sys.modules.items()) if n.startswith("pyro.infer.")]
