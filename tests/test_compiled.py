@@ -401,7 +401,8 @@ def test_enumerated_latents(monkeypatch):
 def test_elbos_of_pyro_agree(elbo_class, monkeypatch):
     out, steps = both(line(), elbo_class(), monkeypatch)
     agree(out)
-    assert steps.reason is None
+    # this one leaves out by an if what has weight zero
+    assert steps.reason is None if elbo_class is not TraceEnum_ELBO else "control flow" in steps.reason
 
 
 def test_gradients_that_share_memory_are_clipped_once(monkeypatch):

@@ -226,7 +226,10 @@ class Steps:
             moved = [p.clone() for p in parameters]
             with progress(done):
                 taped.asked.set()
-                replayed = [None if t is None else t.clone() for t in taped.run(*tensors)]
+                try:
+                    replayed = [None if t is None else t.clone() for t in taped.run(*tensors)]
+                except RuntimeError as error:
+                    raise CaptureError(f"a replay fails: {error}") from error
             after = [t.clone() for t in written], torch.get_rng_state()
             restart()
             for p, value in zip(parameters, moved, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import getitem
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .capture import CaptureError
+from .shorten import add_input, base_of, fold, has_effect, leave_out, merge, narrow, neutral, op_name, same, written
 
 Values = list["Tensor | None"]
 
@@ -28,9 +28,6 @@ BINDINGS: dict[str, Any] = {
     )
 } | {name: getattr(Tensor, name) for name in ("expand", "normal_", "view")}  # fmt: skip
 """Python's own bindings of ops, which take half the time of a call by ``torch.ops``."""
-
-SMALL = 2**22
-"""Elements of the largest constant that a tape keeps in place of computing it anew."""
 
 
 class Tape:
@@ -166,13 +163,9 @@ def _where(error: BaseException) -> str:
 def _sized_by_values(func: Any, args: tuple) -> bool:
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
-    if _name(func) in ("index", "_unsafe_index"):
+    if op_name(func) in ("index", "_unsafe_index"):
         return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return True
-
-
-def _name(op: Any) -> str:
-    return str(op).split(".")[1] if str(op).startswith("aten.") else str(op)
 
 
 # -------------------------------------------------------------------------------------------------- from run to tape
@@ -183,24 +176,25 @@ def _tape(module: fx.GraphModule, live: Sequence[Tensor]) -> Tape:
     graph.output(graph.graph_copy(module.graph, {}))
     held = _hold(graph, module)
     literals = {n for n, t in held.items() if _is_literal(n) and not any(t is other for other in live)}
-    fixed = _written(graph) | {_base(n) for n in graph.output_node().all_input_nodes}
-    _simplify(graph, lambda node: _same(node, fixed))
-    constants = _fold(graph, held, literals, fixed)
-    _simplify(graph, lambda node: _neutral(node, constants, fixed))
-    _merge(graph, fixed)
-    graph.eliminate_dead_code(_has_effect)
+    fixed = written(graph) | {base_of(n) for n in graph.output_node().all_input_nodes}
+    leave_out(graph, lambda node: same(node, fixed))
+    constants = fold(graph, held, literals, fixed)
+    leave_out(graph, lambda node: neutral(node, constants, fixed))
+    narrow(graph, fixed)
+    merge(graph, fixed)
+    graph.eliminate_dead_code(has_effect)
     held |= constants
     for node in list(held):
         if not node.users:
             graph.erase_node(node)
             del held[node]
     order = [n for n in graph.nodes if n in held]
-    written = _written(graph)
+    changed = written(graph)
     for node in graph.nodes:
         if node.op == "call_function":
-            node.target = BINDINGS.get(_name(node.target), node.target)
+            node.target = BINDINGS.get(op_name(node.target), node.target)
     graph.lint()
-    return Tape(graph, [held[n] for n in order], [held[n] for n in order if n in written], module)
+    return Tape(graph, [held[n] for n in order], [held[n] for n in order if n in changed], module)
 
 
 def _hold(graph: fx.Graph, module: fx.GraphModule) -> dict[fx.Node, Tensor]:
@@ -211,7 +205,7 @@ def _hold(graph: fx.Graph, module: fx.GraphModule) -> dict[fx.Node, Tensor]:
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         tensor = getattr(module, str(node.target))
         if id(tensor) not in nodes:
-            nodes[id(tensor)] = _placeholder(graph, str(node.target), last[0] if last else None)
+            nodes[id(tensor)] = add_input(graph, str(node.target), last[0] if last else None)
             last = [nodes[id(tensor)]]
             held[last[0]] = last[0].meta["val"] = tensor
         node.replace_all_uses_with(nodes[id(tensor)])
@@ -219,161 +213,6 @@ def _hold(graph: fx.Graph, module: fx.GraphModule) -> dict[fx.Node, Tensor]:
     return held
 
 
-def _placeholder(graph: fx.Graph, name: str, after: fx.Node | None) -> fx.Node:
-    first = next(iter(graph.nodes))
-    with graph.inserting_before(first) if after is None else graph.inserting_after(after):
-        return graph.placeholder(name.lstrip("_"))
-
-
 def _is_literal(node: fx.Node) -> bool:
     """Whether a held tensor was made in the run, from numbers: all that is done with it is to lift it into the run."""
-    return all(_name(user.target).startswith("lift_fresh") for user in node.users)
-
-
-def _schema(node: fx.Node) -> Any:
-    return getattr(node.target, "_schema", None)
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """The node whose memory a view of it, a part of it or what was written to it in place shows."""
-    while node.op == "call_function":
-        schema = _schema(node)
-        if node.target is getitem:
-            source = node.args[0]
-        elif _name(node.target) == "_unsafe_view" or (schema and any(r.alias_info for r in schema.returns)):
-            source = node.args[0] if node.args else None
-        else:
-            return node
-        if not isinstance(source, fx.Node):
-            return node
-        node = source
-    return node
-
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose memory is written to after they are made."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        schema = _schema(node)
-        if schema is None:
-            continue
-        given = {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-        # a batch norm writes to its running statistics, though its schema does not say so
-        targets = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        targets += [given.get(n) for n in ("running_mean", "running_var") if "batch_norm" in _name(node.target)]
-        found |= {_base(n) for n in tree_leaves(targets) if isinstance(n, fx.Node)}
-    return found
-
-
-def _has_effect(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return True
-    schema = _schema(node)
-    # a draw moves the generator even where nothing uses it; an op without a result checks something
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return schema is not None and (schema.is_mutable or random or not schema.returns)
-
-
-def _simplify(graph: fx.Graph, same_as: Callable[[fx.Node], fx.Node | None]) -> None:
-    """Leave out ops that give what they are given."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and (source := same_as(node)) is not None:
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
-
-
-def _alike(node: fx.Node, source: Any) -> bool:
-    """Whether two nodes have the same shape, strides and dtype."""
-    ours, theirs = node.meta.get("val"), source.meta.get("val") if isinstance(source, fx.Node) else None
-    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.dtype != theirs.dtype:
-        return False
-    return ours.shape == theirs.shape and ours.stride() == theirs.stride()
-
-
-def _same(node: fx.Node, fixed: set[fx.Node]) -> fx.Node | None:
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    name = _name(node.target)
-    if name in ("detach", "alias"):
-        return source
-    if name == "t" and _name(source.target) == "t":
-        return source.args[0]  # type: ignore[return-value]
-    if name in ("view", "_unsafe_view", "expand") and _alike(node, source):
-        return source
-    # the derivative of a square has a power of one
-    if name == "pow" and node.args[1] in (1, 1.0) and _alike(node, source) and not {node, _base(source)} & fixed:
-        return source
-    return None
-
-
-NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
-
-
-def _neutral(node: fx.Node, constants: dict[fx.Node, Tensor], fixed: set[fx.Node]) -> fx.Node | None:
-    """The first argument, where the second is nothing to it: a standard normal prior subtracts zeros."""
-    name = _name(node.target)
-    if name not in NEUTRAL or len(node.args) != 2 or node.kwargs or not _alike(node, node.args[0]):
-        return None
-    source, other = node.args
-    assert isinstance(source, fx.Node)
-    if {node, _base(source)} & fixed or source.meta["val"].dtype not in (torch.float32, torch.float64):
-        return None
-    value = constants.get(other) if isinstance(other, fx.Node) else other
-    if isinstance(value, Tensor):
-        return source if bool((value == NEUTRAL[name]).all()) else None
-    return source if isinstance(value, (int, float)) and value == NEUTRAL[name] else None
-
-
-BY_SIZE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
-"""Ops of which only the size and the dtype of the input matter."""
-
-
-def _fold(
-    graph: fx.Graph, held: dict[fx.Node, Tensor], literals: set[fx.Node], fixed: set[fx.Node]
-) -> dict[fx.Node, Tensor]:
-    """Compute now what no input and no held tensor has a part in, such as the log-scale of a standard normal."""
-    known: dict[fx.Node, Any] = {n: held[n] for n in literals}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or _has_effect(node) or "empty" in _name(node.target) or _base(node) in fixed:
-            continue
-        by_size = _name(node.target) in BY_SIZE
-        if not by_size and not all(n in known for n in node.all_input_nodes):
-            continue
-        val = node.meta.get("val")
-        if isinstance(val, Tensor) and val.numel() > SMALL:
-            continue
-        given = {n: _like(n) if by_size else known[n] for n in node.all_input_nodes}
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        with torch.no_grad():
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    constants: dict[fx.Node, Tensor] = {}
-    for node, value in known.items():
-        if node not in held and isinstance(value, Tensor) and any(user not in known for user in node.users):
-            last = [n for n in graph.nodes if n.op == "placeholder"][-1:]
-            constant = _placeholder(graph, f"constant_{node.name}", last[0] if last else None)
-            constant.meta = dict(node.meta)
-            constants[constant] = value
-            node.replace_all_uses_with(constant)
-    return constants
-
-
-def _like(node: fx.Node) -> Tensor:
-    val = node.meta["val"]
-    return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
-
-
-def _merge(graph: fx.Graph, fixed: set[fx.Node]) -> None:
-    """Compute once what is computed twice."""
-    first: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or _has_effect(node):
-            continue
-        if any(_base(n) in fixed for n in (node, *node.all_input_nodes)) or "empty" in _name(node.target):
-            continue
-        key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
-        if key in first:
-            node.replace_all_uses_with(first[key])
-            graph.erase_node(node)
-        else:
-            first[key] = node
+    return all(op_name(user.target).startswith("lift_fresh") for user in node.users)
