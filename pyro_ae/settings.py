@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
@@ -14,8 +17,11 @@ PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch
 MOST = 20_000
 """Values that are looked at; an object with more of them is data."""
 
+MANY = 1000
+"""Entries of a container that are looked at."""
+
 CACHES = ("_cached_x_y", "_pyro_context")
-"""Attributes that torch and Pyro write to in each run, and that say nothing of the next."""
+"""Attributes that torch and Pyro write to in each run, and that say nothing of the next; nor do plates and traces."""
 
 
 def settings(roots: Mapping[str, Any], modules: Iterable[nn.Module] = ()) -> dict[str, Any]:
@@ -31,7 +37,7 @@ def settings(roots: Mapping[str, Any], modules: Iterable[nn.Module] = ()) -> dic
     Example:
         >>> scale = [1.0]
         >>> settings({"model": lambda: scale[0]})
-        {'model.scale[0]': 1.0}
+        {'model.scale[0]': 1.0, 'model.scale': 1}
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
@@ -42,7 +48,7 @@ def settings(roots: Mapping[str, Any], modules: Iterable[nn.Module] = ()) -> dic
             found[path] = value
         elif isinstance(value, Tensor):
             found[path] = (id(value), value.requires_grad)
-        elif id(value) not in seen and not isinstance(value, type | ModuleType):
+        elif id(value) not in seen and not isinstance(value, type | ModuleType | Messenger | Trace):
             seen.add(id(value))
             # two modules of one kind have one name
             stack += [(f"{path}{'' if f'{path}{n}' not in found else id(value)}{n}", v) for n, v in _parts(value)]
@@ -51,9 +57,9 @@ def settings(roots: Mapping[str, Any], modules: Iterable[nn.Module] = ()) -> dic
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        return [(f"[{n!r}]", v) for n, v in list(value.items())]
+        return [("", len(value)), *((f"[{n!r}]", v) for n, v in islice(list(value.items()), MANY))]
     if isinstance(value, list | tuple | set | frozenset):
-        return [(f"[{i}]", v) for i, v in enumerate(value)]
+        return [("", len(value)), *((f"[{i}]", v) for i, v in enumerate(islice(value, MANY)))]
     if isinstance(value, MethodType):
         return [("", value.__self__), ("", value.__func__)]
     if isinstance(value, FunctionType):

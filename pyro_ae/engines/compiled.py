@@ -6,7 +6,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Call, LoadedRows, Rows, missing_values
+from ..lowering.backends import cuda_graph, inductor, seconds
 from ..lowering.capture import CaptureError
 from ..lowering.tape import Tape, Values, record
 from ..program import Program
@@ -264,7 +265,7 @@ class Steps:
         try:
             with _restored(written, anyway=True):
                 taped.run = make(taped.tape, tensors)
-                quick = self.mode == "inductor" or _seconds(taped.run, tensors) < _seconds(slow, tensors)
+                quick = self.mode == "inductor" or seconds(taped.run, tensors) < seconds(slow, tensors)
             self._check(taped, batch, tensors, done, elsewhere=True)
         except Exception as error:  # a compiler may fail in any way, and its lack is no fault of the fit
             taped.run, quick = slow, True
@@ -272,54 +273,6 @@ class Steps:
                 warnings.warn(f"the loss cannot be compiled, so it is replayed: {str(error)[:300]}", stacklevel=2)
         if not quick:
             taped.run = slow
-
-
-def inductor(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
-    """A tape compiled by torch's inductor, drawing the random numbers that torch itself draws."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
-    with torch.no_grad(), config.patch(fallback_random=True):
-        run = compile_fx(tape.module, [*inputs, *tape.held])
-
-    def replay(*inputs: Tensor) -> Values:
-        with torch.no_grad():
-            return list(run(*inputs, *tape.held))
-
-    return replay
-
-
-def cuda_graph(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
-    """A tape as a CUDA graph: one launch for all of its kernels."""
-    static = [t.clone() for t in inputs]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what libraries set up when they are first called must not be a part of it
-        for _ in range(3):
-            tape(*static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        values = tape(*static)
-
-    def replay(*inputs: Tensor) -> Values:
-        for mine, theirs in zip(static, inputs, strict=True):
-            mine.copy_(theirs)
-        graph.replay()
-        return values
-
-    return replay
-
-
-def _seconds(run: Callable[..., Values], inputs: list[Tensor]) -> float:
-    best = float("inf")
-    for _ in range(12):
-        start = time.perf_counter()
-        run(*inputs)
-        if inputs and inputs[0].is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _named(batch: Call) -> list[tuple[str, Any]]:
@@ -332,6 +285,19 @@ def _with(batch: Call, tensors: tuple[Tensor, ...]) -> Call:
     values = [next(given) if isinstance(v, Tensor) else v for _, v in _named(batch)]
     count = len(batch.args)
     return Call(tuple(values[:count]), dict(zip(batch.kwargs, values[count:], strict=True)))
+
+
+def apart(gradients: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]) -> Values:
+    """Gradients that an optimiser may write to: each with memory of its own, laid out as its parameter's."""
+    storages = {p.untyped_storage()._cdata for p in parameters.values()}
+    own: Values = []
+    for name, g in gradients.items():
+        if g is not None and g.layout is torch.strided:
+            if g.untyped_storage()._cdata in storages or g.stride() != parameters[name].stride():
+                g = torch.empty_like(parameters[name]).copy_(g)
+            storages.add(g.untyped_storage()._cdata)
+        own.append(g)
+    return own
 
 
 def _close(theirs: Values, ours: Values) -> bool:

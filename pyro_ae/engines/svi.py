@@ -23,7 +23,7 @@ from ..posterior import Posterior
 from ..program import Program, validation
 from ..schedules import progress
 from ..types import Guide, Loss, Model, Sides
-from .compiled import Steps
+from .compiled import Steps, apart
 from .run import Event, NonFiniteError, Run
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -307,13 +307,7 @@ class _Fit:
                 if scalar is not None and scalar.requires_grad and names:
                     members, keep = [named[n] for n in names], side != "critic"
                     found.update(zip(names, grad(scalar / rows, members, None, keep, allow_unused=True), strict=True))
-        storages = {p.untyped_storage()._cdata for p in named.values()}
-        for name, g in found.items():
-            if g is not None and g.layout is torch.strided:
-                if g.untyped_storage()._cdata in storages or g.stride() != named[name].stride():
-                    found[name] = g = torch.empty_like(named[name]).copy_(g)
-                storages.add(g.untyped_storage()._cdata)
-        return list(found.values())
+        return apart(found, named)
 
     def _side(self, name: str) -> str:
         side = name.split(".")[0]
