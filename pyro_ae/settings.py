@@ -20,8 +20,8 @@ MOST = 20_000
 MANY = 1000
 """Entries of a container that are looked at."""
 
-CACHES = ("_cached_x_y", "_pyro_context")
-"""Attributes that torch and Pyro write to in each run, and that say nothing of the next; nor do plates and traces."""
+CACHES = ("_cached_", "_pyro_context")
+"""What attributes begin with that torch and Pyro write in each run for that run; plates and traces are such, too."""
 
 
 def settings(roots: Mapping[str, Any], modules: Iterable[nn.Module] = ()) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         wrapped = [(".__wrapped__", value.__wrapped__)] if hasattr(value, "__wrapped__") else []
         return [*inside, *outside, *wrapped]
     kept = getattr(value, "__dict__", None)
-    parts = [] if kept is None else [(f".{n}", v) for n, v in list(kept.items()) if n not in CACHES]
+    parts = [] if kept is None else [(f".{n}", v) for n, v in list(kept.items()) if not n.startswith(CACHES)]
     parts += [(f".{n}", getattr(value, n)) for n in _slots(type(value)) if hasattr(value, n)]
     if hasattr(value, "func") and hasattr(value, "keywords"):  # a partial
         parts += [("", value.func), ("", value.args), ("", value.keywords)]

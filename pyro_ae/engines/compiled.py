@@ -27,10 +27,10 @@ from ..settings import changed, settings
 MODES = ("auto", True, False, "replay", "inductor")
 
 REPLAY_PAYS = 500
-"""Steps from which on a tape is worth its recording and its check, which take as long as about 150 steps do."""
+"""Steps from which on a tape is worth its recording and its check, which take what replays save in 250 steps."""
 
-INDUCTOR_PAYS = 600.0
-"""Seconds of replays from which on a compiler is tried, which takes half a minute and spares a fifth at best."""
+INDUCTOR_PAYS = 300.0
+"""Seconds of replays from which on a compiler is tried: it takes up to a minute, and spares a third or a tenth."""
 
 CHECKS = (0, 10, 100, 1_000, 10_000, 100_000)
 """Replays after which the next one is compared with the program itself."""
