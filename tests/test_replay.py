@@ -267,6 +267,25 @@ def test_missing_values(monkeypatch):
     assert len(steps._taped) > 2  # batches with missing values, and without
 
 
+def test_missing_values_of_a_models_own_data(monkeypatch):
+    own = torch.randn(6)
+    own[2] = float("nan")
+
+    def example():
+        model, guide, x = line()()
+
+        def both(x):
+            model(x)
+            with pyro.plate("rows", 6):
+                observe("own", dist.Normal(model.net.bias.sum(), 1.0), own)
+
+        return both, guide, x
+
+    out, steps = both(example, importance(), monkeypatch)
+    agree(out)
+    assert steps.reason is None
+
+
 def test_enumerated_latents(monkeypatch):
     def example():
         logits = nn.Linear(1, 2)

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -82,7 +82,7 @@ class Steps:
     _taped: dict[tuple, _Taped] = field(default_factory=dict)
     _seen: dict[tuple, int] = field(default_factory=dict)
     _settings: dict[str, Any] | None = None
-    _missing: bool | None = None
+    _whole: bool | None = None
 
     def __call__(self, batch: Call, done: float, left: int, ready: bool) -> Values:
         """The values of a step.
@@ -95,20 +95,19 @@ class Steps:
         """
         if self.mode is False or self.reason is not None:
             return self._run(batch, done)
-        missing = self._has_missing(batch)
         tensors = [v for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
+        missing = self._missing_in(tensors)
         given = [(n, None if isinstance(v, Tensor) else repr(v)) for n, v in _named(batch)]
-        key = (missing, *given, *((t.shape, t.dtype, t.is_contiguous()) for t in tensors))
-        with missing_values(missing):
-            if (taped := self._taped.get(key)) is not None:
-                return self._replay(taped, batch, tensors, done, left)
-            seen = self._seen[key] = self._seen.get(key, 0) + 1
-            expected = left * seen / sum(self._seen.values())
-            if not ready or (self.mode == "auto" and (seen < 3 or expected < REPLAY_PAYS)):
-                return self._run(batch, done)
-            if self._settings is None:
-                return self._look(batch, done)
-            return self._record(key, batch, tensors, done)
+        key = (*missing, *given, *((t.shape, t.dtype, t.is_contiguous()) for t in tensors))
+        if (taped := self._taped.get(key)) is not None:
+            return self._replay(taped, batch, tensors, done, left)
+        seen = self._seen[key] = self._seen.get(key, 0) + 1
+        expected = left * seen / sum(self._seen.values())
+        if not ready or (self.mode == "auto" and (seen < 3 or expected < REPLAY_PAYS)):
+            return self._run(batch, done)
+        if self._settings is None:
+            return self._look(batch, done)
+        return self._record(key, batch, tensors, missing, done)
 
     def reset(self) -> None:
         """Forget the tapes: what is trained has changed."""
@@ -124,12 +123,11 @@ class Steps:
         with progress(done):
             return self.evaluate(batch)
 
-    def _has_missing(self, batch: Call) -> bool:
-        if self._missing is None and isinstance(self.data, Rows) and self.data.nbytes < 2**30:
-            self._missing = self.data.has_missing
-        if self._missing is False:
-            return False
-        return Rows("tuple", dict(_named(batch))).has_missing
+    def _missing_in(self, tensors: list[Tensor]) -> list[bool]:
+        """Whether each of the batch's tensors has missing values, which is another tape."""
+        if self._whole is None and isinstance(self.data, Rows) and self.data.nbytes < 2**30:
+            self._whole = not self.data.has_missing
+        return [not self._whole and t.is_floating_point() and bool(torch.isnan(t).any()) for t in tensors]
 
     def _modules(self) -> list[nn.Module]:
         own = list(self.loss.modules()) if isinstance(self.loss, nn.Module) else []
@@ -160,12 +158,12 @@ class Steps:
             self._give_up("each step draws random numbers by NumPy or random, which a replay would repeat")
         return values
 
-    def _record(self, key: tuple, batch: Call, tensors: list[Tensor], done: float) -> Values:
+    def _record(self, key: tuple, batch: Call, tensors: list[Tensor], missing: list[bool], done: float) -> Values:
         """Run the program under the eyes of a tape."""
         asked, buffers = Asked(self.program.device), self._buffers()
 
         def run(*tensors: Tensor) -> Values:
-            with asked:
+            with asked, missing_values(_known(tensors, missing)):
                 return self.evaluate(_with(batch, tensors))
 
         with _restored(buffers) as keep, progress(done), quiet():
@@ -192,7 +190,7 @@ class Steps:
     def _replay(self, taped: _Taped, batch: Call, tensors: list[Tensor], done: float, left: int) -> Values:
         if taped.count in CHECKS:
             try:
-                self._check(taped, batch, tensors, done, elsewhere=taped.count == 0)
+                self._compare(taped, batch, tensors, done)
             except CaptureError as error:
                 if taped.count:
                     raise CaptureError(
@@ -213,6 +211,20 @@ class Steps:
             taped.seconds += time.perf_counter() - start
             return values
 
+    def _compare(self, taped: _Taped, batch: Call, tensors: list[Tensor], done: float) -> None:
+        """Check a replay: the first one at other parameters, if the program can be run there."""
+        if taped.count == 0:
+            try:
+                return self._check(taped, batch, tensors, done, elsewhere=True)
+            except CaptureError:
+                raise
+            except (RuntimeError, ValueError):
+                pass
+        try:
+            self._check(taped, batch, tensors, done, elsewhere=False)
+        except RuntimeError as error:
+            raise CaptureError(f"a replay fails: {error}") from error
+
     def _check(self, taped: _Taped, batch: Call, tensors: list[Tensor], done: float, elsewhere: bool) -> None:
         """Compare a replay with the program, in all that they give and change."""
         parameters = self._parameters() if elsewhere else []
@@ -227,24 +239,23 @@ class Steps:
             moved = [p.clone() for p in parameters]
             with progress(done):
                 taped.asked.set()
-                try:
-                    replayed = [None if t is None else t.clone() for t in taped.run(*tensors)]
-                except RuntimeError as error:
-                    raise CaptureError(f"a replay fails: {error}") from error
-            after = [t.clone() for t in written], torch.get_rng_state()
+                replayed = [None if t is None else t.clone() for t in taped.run(*tensors)]
+            after: Values = [t.clone() for t in written]
+            state = torch.get_rng_state()
             restart()
             for p, value in zip(parameters, moved, strict=True):
                 p.copy_(value)
             with torch.enable_grad():
                 ours = self._run(batch, done)
-            for name, theirs, mine in [
+            pairs: list[tuple[str, Values, Values]] = [
                 ("other values", replayed[:1], ours[:1]),
                 ("other gradients", replayed[1:], ours[1:]),
-                ("buffers other values", after[0], [*written]),
-            ]:
+                ("buffers other values", after, [*written]),
+            ]
+            for name, theirs, mine in pairs:
                 if not _close(theirs, mine):
                     raise CaptureError(f"a replay gives {name} than the model and guide do")
-            if self.program.device.type == "cpu" and not torch.equal(after[1], torch.get_rng_state()):
+            if self.program.device.type == "cpu" and not torch.equal(state, torch.get_rng_state()):
                 raise CaptureError("a replay draws other random numbers than the model and guide do")
 
     # ------------------------------------------------------------------------------------------------ compiling
@@ -266,13 +277,29 @@ class Steps:
             with _restored(written, anyway=True):
                 taped.run = make(taped.tape, tensors)
                 quick = self.mode == "inductor" or seconds(taped.run, tensors) < seconds(slow, tensors)
-            self._check(taped, batch, tensors, done, elsewhere=True)
+            self._compare(replace(taped, count=0), batch, tensors, done)
         except Exception as error:  # a compiler may fail in any way, and its lack is no fault of the fit
             taped.run, quick = slow, True
             if self.mode == "inductor":
                 warnings.warn(f"the loss cannot be compiled, so it is replayed: {str(error)[:300]}", stacklevel=2)
         if not quick:
             taped.run = slow
+
+
+def _known(tensors: tuple[Tensor, ...], missing: list[bool]) -> Callable[[Tensor], bool]:
+    """What the tape of a batch takes for granted: which of its tensors have missing values."""
+    whole = {t.untyped_storage()._cdata for t, m in zip(tensors, missing, strict=True) if not m}
+    parts = {id(t) for t, m in zip(tensors, missing, strict=True) if m}
+
+    def known(x: Tensor) -> bool:
+        if x.untyped_storage()._cdata in whole or id(x) in parts:
+            return id(x) in parts
+        try:
+            return bool(torch.isnan(x).any())  # the model's own data
+        except CaptureError:
+            return any(missing)
+
+    return known
 
 
 def _named(batch: Call) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def inductor(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
     from torch._inductor.compile_fx import compile_fx
 
     with torch.no_grad(), config.patch(fallback_random=True):
-        run = compile_fx(tape.module, [*inputs, *tape.held])
+        run: Any = compile_fx(tape.module, [*inputs, *tape.held])
 
     def replay(*inputs: Tensor) -> Values:
         with torch.no_grad():

@@ -140,7 +140,7 @@ def fold(
         given = {n: _like(n) if by_size else known[n] for n in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         with torch.no_grad():
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            known[node] = node.target(*args, **kwargs)
     constants: dict[fx.Node, Tensor] = {}
     for node, value in known.items():
         if node not in held and isinstance(value, Tensor) and any(user not in known for user in node.users):
