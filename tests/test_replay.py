@@ -271,15 +271,14 @@ def test_missing_values_of_a_models_own_data(monkeypatch):
     own = torch.randn(6)
     own[2] = float("nan")
 
-    def example():
-        model, guide, x = line()()
-
-        def both(x):
-            model(x)
+    class Two(Line):
+        def forward(self, x):
+            super().forward(x)
             with pyro.plate("rows", 6):
-                observe("own", dist.Normal(model.net.bias.sum(), 1.0), own)
+                observe("own", dist.Normal(self.net.bias.sum(), 1.0), own)
 
-        return both, guide, x
+    def example():
+        return Two(), *line()()[1:]
 
     out, steps = both(example, importance(), monkeypatch)
     agree(out)
