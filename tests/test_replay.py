@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,10 +19,7 @@ from pyro_ae.engines.compiled import Steps
 from pyro_ae.engines.run import NonFiniteError
 from pyro_ae.guides.amortized import Amortized
 from pyro_ae.guides.mean_field import MeanField
-from pyro_ae.losses import (
-    annealed,
-    autogen,
-)
+from pyro_ae.losses import annealed, autogen
 from pyro_ae.lowering.capture import CaptureError
 from pyro_ae.lowering.tape import record
 from pyro_ae.models import vae
@@ -121,8 +119,6 @@ class Counting:
 
 
 def drawn_by_numpy(model, guide, *args):
-    import numpy as np
-
     return importance()(model, guide, *args) * (1 + np.random.rand())
 
 
@@ -184,8 +180,6 @@ def test_closures_and_files_keep_settings_too(monkeypatch):
 
 
 class Weighted:
-    weight = 1.0
-
     def __init__(self) -> None:
         self.weight = 1.0
 

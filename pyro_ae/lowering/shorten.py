@@ -210,3 +210,22 @@ def narrow(graph: fx.Graph, fixed: set[fx.Node]) -> None:
                 last.meta["val"] = shown
         node.replace_all_uses_with(last)
         graph.erase_node(node)
+
+
+FRESH = (*POINTWISE, "mm", "addmm", "bmm", "sum")
+"""Ops whose result has memory of its own."""
+
+IN_PLACE: dict[str, Any] = {n: getattr(Tensor, f"{n}_") for n in ("add", "sub", "mul", "div", "neg", "exp", "tanh")}
+
+
+def reuse(graph: fx.Graph, fixed: set[fx.Node]) -> None:
+    """Write to the memory of what is not needed any more, as torch's own formulas of gradients do."""
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if op_name(node.target) not in IN_PLACE or not isinstance(source, fx.Node) or {node, source} & fixed:
+            continue
+        owned = op_name(source.target) in FRESH and len(source.users) == 1 and not source.kwargs.get("out")
+        if owned and node.all_input_nodes.count(source) == 1 and _alike(node, source):
+            val = source.meta["val"]
+            if val.is_contiguous() and val.is_floating_point() and node.args.count(source) == 1:
+                node.target = IN_PLACE[op_name(node.target)]

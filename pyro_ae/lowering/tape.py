@@ -14,7 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .capture import CaptureError
-from .shorten import add_input, base_of, fold, has_effect, leave_out, merge, narrow, neutral, op_name, same, written
+from .shorten import (
+    add_input,
+    base_of,
+    fold,
+    has_effect,
+    leave_out,
+    merge,
+    narrow,
+    neutral,
+    op_name,
+    reuse,
+    same,
+    written,
+)
 
 Values = list["Tensor | None"]
 
@@ -190,6 +203,7 @@ def _tape(module: fx.GraphModule, live: Sequence[Tensor]) -> Tape:
             del held[node]
     order = [n for n in graph.nodes if n in held]
     changed = written(graph)
+    reuse(graph, fixed)
     for node in graph.nodes:
         if node.op == "call_function":
             node.target = BINDINGS.get(op_name(node.target), node.target)
