@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -35,12 +35,12 @@ def call_with(batch: Any) -> Call:
     return Call(batch if isinstance(batch, tuple) else (batch,))
 
 
-_missing: ContextVar[bool | None] = ContextVar("missing", default=None)
+_missing: ContextVar[bool | Callable[[Tensor], bool] | None] = ContextVar("missing", default=None)
 
 
 @contextmanager
-def missing_values(known: bool) -> Iterator[None]:
-    """Where it is known whether data have missing values, nothing looks: a look at values cannot be captured."""
+def missing_values(known: bool | Callable[[Tensor], bool]) -> Iterator[None]:
+    """Where it is known whether data, or a tensor, have missing values, nothing looks: no look can be captured."""
     token = _missing.set(known)
     try:
         yield
@@ -51,6 +51,7 @@ def missing_values(known: bool) -> Iterator[None]:
 def _is_missing(x: Tensor) -> Tensor | None:
     """Which values are missing, or None where none is."""
     known = _missing.get() if x.is_floating_point() else False
+    known = known(x) if callable(known) else known
     if known is False:
         return None
     missing = torch.isnan(x)

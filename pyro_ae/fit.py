@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .data import LoadedRows, Rows, as_rows
+from .engines.compiled import check_mode
 from .engines.ensemble import ensemble, map_, swag
 from .engines.feynman_kac import feynman_kac
 from .engines.laplace import laplace
@@ -56,6 +57,7 @@ def fit(
     callbacks: Iterable[Callable[[Event], Any]] = (),
     checkpoint: str | Path | None = None,
     check: bool = True,
+    compile: bool | str = "auto",
 ) -> Posterior:
     """Fit a Pyro model to data by any method, and get its posterior.
 
@@ -84,6 +86,10 @@ def fit(
             settings goes on from there, to the same draws as if it had never stopped.
         check: whether to look at the posterior, for about a second, and warn (``PosteriorWarning``) where it is poor.
             Python's filters of warnings silence that as well, and spare the look.
+        compile: whether the steps of svi are captured and replayed without Pyro's handlers, to the same losses:
+            ``"auto"`` where so many steps will be run that it pays; True or ``"replay"`` at once; ``"inductor"``
+            compiled by torch, which takes half a minute; False never. What cannot be captured runs as it is, with a
+            warning that says why.
 
     Raises:
         ValueError: for a mistake in the model, the guide or the data; it names the site and the cure.
@@ -105,6 +111,7 @@ def fit(
     if not callable(model):
         raise ValueError(f"the model must be a function with Pyro sites, got {type(model).__name__}")
     engine = _engine(method)
+    check_mode(compile)
     with seeded(seed):
         rows = as_rows(data)
         rows.check_batch_size(batch_size)
@@ -126,6 +133,7 @@ def fit(
             validation=held,
             callbacks=tuple(callbacks),
             checkpoint=None if checkpoint is None else Path(checkpoint),
+            compile=compile,
         )
         posterior = engine(model, guide, run)
     if check:

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Schedule: TypeAlias = float | Callable[[float], float]
 """A number, or a function of the part of the fit that is done."""
 
 _progress: ContextVar[float] = ContextVar("progress", default=1.0)
+_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 
 
 @contextmanager
@@ -29,8 +34,62 @@ def progress(done: float) -> Iterator[None]:
 
 
 def now(schedule: Schedule) -> float:
-    """The value of a schedule at this point of the fit, or the number that it is."""
-    return schedule(_progress.get()) if callable(schedule) else schedule
+    """The value of a schedule at this point of the fit, or the number that it is.
+
+    Where a run is recorded to be replayed, a schedule's value is a tensor, so that a replay can have another.
+    """
+    if not callable(schedule):
+        return schedule
+    asked = _asked.get()
+    return schedule(_progress.get()) if asked is None else asked.ask(schedule)
+
+
+class Asked:
+    """The schedules that a run asked for, and tensors that stand for their values; use it around the run.
+
+    Arguments:
+        device: where the tensors are.
+
+    Attributes:
+        cells: the values, of which the tensors are views.
+        schedules: in the order in which they were asked for.
+
+    Example:
+        >>> with progress(0.5), Asked() as asked:
+        ...     value = now(linear(0.0, 4.0))
+        >>> with progress(0.75):
+        ...     asked.set()
+        >>> value
+        tensor(3.)
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.cells = torch.zeros(64, device=device)
+        # .data, as views that shared a version would not let autograd keep one when another is set
+        self._views: list[Tensor] = [cell.data for cell in self.cells.unbind()]
+        self.schedules: list[Callable[[float], float]] = []
+
+    def __enter__(self) -> Asked:
+        self._token = _asked.set(self)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _asked.reset(self._token)
+
+    def ask(self, schedule: Callable[[float], float]) -> Any:
+        value = schedule(_progress.get())
+        if len(self.schedules) == len(self._views):
+            raise RuntimeError(f"a run asks for more than {len(self._views)} values of schedules")
+        view = self._views[len(self.schedules)]
+        self.schedules.append(schedule)
+        with _disable_current_modes():  # no part of what is recorded
+            view.fill_(value)
+        return view
+
+    def set(self) -> None:
+        """Give the tensors the values at this point of the fit."""
+        for view, schedule in zip(self._views, self.schedules, strict=False):
+            view.fill_(schedule(_progress.get()))
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ LAYERS = [
         "data",
         "datasets",
         "schedules",
+        "settings",
         "plates",
         "nn",
         "heads",

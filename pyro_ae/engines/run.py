@@ -52,6 +52,7 @@ class Run:
         validation: held-out rows.
         callbacks: called with an :class:`Event` after each evaluation; one that returns True ends the fit.
         checkpoint: folder for the state of the fit, from which it goes on if it is there.
+        compile: how steps are captured, as for ``fit``.
     """
 
     data: Rows | LoadedRows
@@ -62,6 +63,7 @@ class Run:
     validation: Rows | LoadedRows | None = None
     callbacks: Iterable[Callable[[Event], Any]] = ()
     checkpoint: Path | None = None
+    compile: bool | str = "auto"
 
     @property
     def minibatched(self) -> bool:

@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..data import Call, LoadedRows, Rows
 from ..density import first_bad_site, site_terms
 from ..losses import importance
+from ..lowering.tape import Values
 from ..parameters import unknown_leaves
 from ..posterior import Posterior
 from ..program import Program, validation
 from ..schedules import progress
 from ..types import Guide, Loss, Model, Sides
+from .compiled import Steps, apart
 from .run import Event, NonFiniteError, Run
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -177,6 +180,7 @@ class _Fit:
         self.guided: set[str] = set()  # names in the param store that are the guide's
         self.history: dict[str, list[float]] = {}
         self.step = self.epoch = 0
+        self.steps = Steps(self._evaluate, program, config.loss, run.compile, data)
 
     def run(self) -> Posterior:
         resident = self._resident()
@@ -259,39 +263,51 @@ class _Fit:
     def _update(self, batch: Call) -> float:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * self.schedule(self.step / self.total)
-        program = self.program
-        with progress(self.step / self.total):
-            loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
-        if self.step == 0:
-            self._check_leaves(loss, batch)
-        value = _scalar(loss) / program.rows
+        first_pass = self.epoch == 0 and torch.distributions.Distribution._validate_args
+        done, left = self.step / self.total, self.total - self.step
+        scalars, *gradients = self.steps(batch, done, left, ready=self.step > 0 and not first_pass)
+        assert scalars is not None
+        value, norm = scalars.tolist()
         if not math.isfinite(value):
             self._fail(f"the loss is {value}", batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._backward(loss)
-        if program.parameters.store_size() != self.store_size:
-            self._adopt()
-        gradients = {n: p.grad for n, p in self.named.items() if p.grad is not None}
-        norm = get_total_norm(list(gradients.values()))
-        if not math.isfinite(norm.item()):
-            names = [n for n, g in gradients.items() if not torch.isfinite(g).all()]
+        if not math.isfinite(norm):
+            given = zip(self.named, gradients, strict=True)
+            names = [n for n, g in given if g is not None and not torch.isfinite(g).all()]
             self._fail(f"the gradient of {', '.join(map(repr, names[:4]))} is not finite", batch)
+        for p, gradient in zip(self.named.values(), gradients, strict=True):
+            p.grad = gradient
         if self.config.clip is not None:
-            clip_grads_with_norm_(list(self.named.values()), self.config.clip, norm)
+            clip_grads_with_norm_(list(self.named.values()), self.config.clip, scalars[1])
         self.optimizer.step()
         return value
 
-    def _backward(self, loss: Tensor | Sides) -> None:
-        rows = self.program.rows
+    def _evaluate(self, batch: Call) -> Values:
+        """The loss to be shown and the norm of its gradient, in one tensor; and the gradient of each parameter."""
+        program = self.program
+        loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
+        if self.step == 0:
+            self._check_leaves(loss, batch)
+        if program.parameters.store_size() != self.store_size:
+            self._adopt()
+        gradients = self._gradients(loss)
+        norm = get_total_norm([g for g in gradients if g is not None])
+        shown = (loss if isinstance(loss, Tensor) else loss.model).detach() / program.rows
+        return [torch.stack([shown, norm.to(shown)]), *gradients]
+
+    def _gradients(self, loss: Tensor | Sides) -> list[Tensor | None]:
+        """Of each parameter its gradient, which an optimiser may write to; None where it has none."""
+        rows, named = self.program.rows, self.named
+        found: dict[str, Tensor | None] = dict.fromkeys(named)
         if isinstance(loss, Tensor):
-            (loss / rows).backward()
-            return
-        members: dict[str, list[Tensor]] = {side: [] for side in loss._fields}
-        for name, p in self.named.items():
-            members[self._side(name)].append(p)
-        for side, scalar in loss._asdict().items():
-            if scalar is not None and scalar.requires_grad and members[side]:
-                torch.autograd.backward(scalar / rows, inputs=members[side], retain_graph=side != "critic")
+            found.update(zip(named, grad(loss / rows, list(named.values()), allow_unused=True), strict=True))
+        else:
+            sides = {name: self._side(name) for name in named}
+            for side, scalar in loss._asdict().items():
+                names = [n for n in named if sides[n] == side]
+                if scalar is not None and scalar.requires_grad and names:
+                    members, keep = [named[n] for n in names], side != "critic"
+                    found.update(zip(names, grad(scalar / rows, members, None, keep, allow_unused=True), strict=True))
+        return apart(found, named)
 
     def _side(self, name: str) -> str:
         side = name.split(".")[0]
@@ -315,6 +331,7 @@ class _Fit:
         if new:
             self.optimizer.add_param_group({"params": new})
             self.base_lrs.append(self.lr)
+            self.steps.reset()
         self.named = now
         self.store_size = self.program.parameters.store_size()
 
@@ -392,7 +409,10 @@ class _Fit:
     def _told_to_stop(self) -> bool:
         metrics = {n: v[-1] for n, v in self.history.items()}
         event = Event(self.step, self.epoch, metrics, self.history)
-        return any([callback(event) is True for callback in self.circumstances.callbacks])
+        told = [callback(event) is True for callback in self.circumstances.callbacks]
+        if told:
+            self.steps.refresh()
+        return any(told)
 
 
 def _brief(history: Mapping[str, list[float]]) -> dict[str, str]:

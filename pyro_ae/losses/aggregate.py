@@ -71,7 +71,7 @@ class aggregate(nn.Module):
         name = only_latent(weights.passes[0].latents, self.site, "aggregate")["name"]
         likelihood, beta = weights.gather(reconstruction).mean(0), now(self.beta)
         loss = -likelihood.sum()
-        if beta != 0:  # a deterministic guide has no KL divergence
+        if callable(self.beta) or beta != 0:  # a deterministic guide has no KL divergence
             loss = loss + beta * weights.gather(kl).mean(0).sum()
         codes = torch.cat([_rows(run.values[name], run, name) for run in weights.passes])
         prior = torch.cat([_rows(_prior(model, batch, run, name), run, name) for run in weights.passes])

@@ -91,7 +91,8 @@ def _sleep(model: Model, guide: Guide, batch: Call) -> Tensor:
 
     def dreamt(value: Any) -> Any:
         for name, x in seen.items():
-            if isinstance(value, Tensor) and value.shape == x.shape and torch.equal(value, x):
+            same = value is x or (isinstance(value, Tensor) and value.shape == x.shape and torch.equal(value, x))
+            if same:
                 used.add(name)
                 return dream.sites[name]["value"].to(value.dtype)
         return value
