@@ -16,6 +16,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import DataLoader, SubsetRandomSampler
 
+from .arrays import as_tensor, called, labels_of, package_of
+from .prefetch import ahead
+
+STREAMED = 2**30
+"""Bytes of rows from which on batches are fetched ahead of their use: such rows may lie in a file."""
+
 
 class Call(NamedTuple):
     """The arguments of one call of a model and its guide."""
@@ -177,7 +183,7 @@ class Rows:
             return self.size
         if not self.lengths:
             raise ValueError("batch_size needs rows: the data has no tensor or array with at least one dim")
-        lengths = ", ".join(f"{_name(n)} has {k}" for n, k in self.lengths.items())
+        lengths = ", ".join(f"{called(n)} has {k}" for n, k in self.lengths.items())
         raise ValueError(
             f"batch_size needs entries with one row each for the same N, but {lengths}. Bind what is not rows to the "
             "model with functools.partial, or leave out batch_size"
@@ -200,11 +206,17 @@ class Rows:
         size = self.need_size()
         where = next(iter(self.rows.values())).device
         order = torch.randperm(size, device=where) if shuffle else torch.arange(size, device=where)
-        for start in range(0, size, batch_size):
-            yield self.take(order[start : start + batch_size]).to(device).call()
+        crossing = device is not None and torch.device(device).type != where.type
+        taken: Iterator[Rows]
+        if crossing or self.nbytes >= STREAMED:
+            taken = ahead(lambda index: self.take(index).pinned(crossing), order.split(batch_size))
+        else:
+            taken = map(self.take, order.split(batch_size))
+        for rows in taken:
+            yield rows.to(device).call()
 
-    def first(self, batch_size: int | None) -> Call:
-        return self.call() if batch_size is None else self.take(slice(0, batch_size)).call()
+    def first(self, batch_size: int | None, device: Any = None) -> Call:
+        return (self if batch_size is None else self.take(slice(0, batch_size))).to(device).call()
 
     def split(self, fraction: float) -> tuple[Rows, Rows]:
         """A random part of the rows to train on, and the rest, ``fraction`` of them, held out."""
@@ -223,19 +235,33 @@ class Rows:
         entries = {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in self.entries.items()}
         return replace(self, entries=entries)
 
+    def resident(self, device: torch.device) -> Rows:
+        """The rows on a device where they take less than half of what is free, else where they are."""
+        if device.type == "cuda" and self.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+            return self
+        return self.to(device)
+
+    def pinned(self, on: bool = True) -> Rows:
+        """The rows in memory that a GPU can fetch from while the CPU goes on."""
+        if not on:
+            return self
+        return replace(self, entries={n: v.pin_memory() if n in self.rows else v for n, v in self.entries.items()})
+
     @property
     def nbytes(self) -> int:
         return sum(v.nbytes for v in self.rows.values())
 
     @property
     def has_missing(self) -> bool:
-        return any(v.is_floating_point() and bool(torch.isnan(v).any()) for v in self.rows.values())
+        # part by part, as the rows may be more than memory holds
+        parts = (part for v in self.rows.values() if v.is_floating_point() for part in v.split(_rows_of(v, 2**24)))
+        return any(bool(torch.isnan(part).any()) for part in parts)
 
     def __repr__(self) -> str:
         if not self.entries:
             return "no data"
         parts = [
-            f"{_name(n)} {list(v.shape)}" if isinstance(v, Tensor) else f"{_name(n)}={v!r}"
+            f"{called(n)} {list(v.shape)}" if isinstance(v, Tensor) else f"{called(n)}={v!r}"
             for n, v in self.entries.items()
         ]
         return ", ".join(parts)
@@ -271,12 +297,15 @@ class LoadedRows:
         for batch in self.loader:
             yield as_rows(tuple(batch) if isinstance(batch, list) else batch).to(device).call()
 
-    def first(self, batch_size: int | None = None) -> Call:
+    def first(self, batch_size: int | None = None, device: Any = None) -> Call:
         # the loader may shuffle: its random state is not part of the fit's
         with torch.random.fork_rng(devices=()):
-            return next(iter(self.batches()))
+            return next(iter(self.batches(device=device)))
 
     def to(self, device: Any) -> LoadedRows:
+        return self
+
+    def resident(self, device: torch.device) -> LoadedRows:
         return self
 
     def call(self) -> Call:
@@ -290,7 +319,8 @@ def as_rows(data: Any) -> Rows | LoadedRows:
     """Data in any form that ``fit`` takes, as rows.
 
     Arrays, data frames and lists of numbers become tensors: floats in torch's default dtype, whole numbers as
-    int64. Tensors stay as they are. What is neither is a setting and passes through.
+    int64. Arrays in files (``numpy.memmap``) that have these dtypes stay there, and are read batch by batch. Tensors
+    stay as they are. What is neither is a setting and passes through.
 
     Raises:
         ValueError: for empty data, for columns or arrays that are not numbers, and for images as bytes.
@@ -301,8 +331,8 @@ def as_rows(data: Any) -> Rows | LoadedRows:
         return LoadedRows(data)
     if data is None:
         return Rows("none", {})
-    labels = _labels(data)
-    if _kind(data) == "xarray" and hasattr(data, "data_vars"):
+    labels = labels_of(data)
+    if package_of(data) == "xarray" and hasattr(data, "data_vars"):
         data = {str(name): data[name] for name in data.data_vars}
     if isinstance(data, Mapping):
         form, entries = "dict", {str(name): v for name, v in data.items()}
@@ -312,9 +342,9 @@ def as_rows(data: Any) -> Rows | LoadedRows:
         form, entries = "one", {"0": data}
     if not entries:
         raise ValueError("the data is empty; pass None for a model without arguments")
-    converted = {name: _convert(v, name) for name, v in entries.items()}
+    converted = {name: as_tensor(v, name) for name, v in entries.items()}
     for value in entries.values():
-        labels = labels or _labels(value)
+        labels = labels or labels_of(value)
     rows = Rows(form, converted, labels)
     if form == "one" and not rows.rows:
         raise ValueError(
@@ -322,73 +352,10 @@ def as_rows(data: Any) -> Rows | LoadedRows:
         )
     for name, length in rows.lengths.items():
         if length == 0:
-            raise ValueError(f"the data is empty: {_name(name)} has shape {tuple(rows.rows[name].shape)}")
+            raise ValueError(f"the data is empty: {called(name)} has shape {tuple(rows.rows[name].shape)}")
     return rows
 
 
-def _name(name: str) -> str:
-    return f"entry {name}" if name.isdigit() else f"'{name}'"
-
-
-def _kind(value: Any) -> str:
-    return type(value).__module__.partition(".")[0]
-
-
-def _labels(value: Any) -> tuple | None:
-    """The labels of a data frame's or labelled array's rows, unless they only count."""
-    if _kind(value) == "pandas" and type(value).__name__ in ("DataFrame", "Series"):
-        index = value.index
-        return None if type(index).__name__ == "RangeIndex" else tuple(index.tolist())
-    if _kind(value) == "xarray" and value.dims:
-        dim = next(iter(value.dims))
-        return tuple(value.coords[dim].values.tolist()) if dim in value.coords else None
-    return None
-
-
-def _convert(value: Any, name: str) -> Any:
-    if isinstance(value, Tensor):
-        return _not_bytes(value, name)
-    if isinstance(value, list):
-        if not value:
-            raise ValueError(f"the data is empty: {_name(name)} is an empty list")
-        try:
-            value = np.asarray(value, dtype=None)
-        except ValueError:
-            raise ValueError(f"{_name(name)} is a list whose parts differ in length; pad them with NaN") from None
-        if value.dtype.kind not in "fiub":
-            return value.tolist()
-    if _kind(value) == "pandas" and type(value).__name__ in ("DataFrame", "Series"):
-        return _convert(_frame(value, name), name)
-    if _kind(value) == "xarray":
-        value = value.values
-    if not isinstance(value, np.ndarray) and hasattr(value, "__array__") and not np.isscalar(value):
-        value = np.asarray(value)
-    if not isinstance(value, np.ndarray) or value.ndim == 0:
-        return value
-    if not value.flags.writeable:  # a view into a data frame, which torch must not share
-        value = value.copy()
-    if value.dtype.kind == "f":
-        return torch.as_tensor(value, dtype=torch.get_default_dtype())
-    if value.dtype == np.uint8 or value.dtype.kind == "b":
-        return _not_bytes(torch.as_tensor(value), name)
-    if value.dtype.kind in "iu":
-        return torch.as_tensor(value.astype(np.int64))
-    raise ValueError(f"{_name(name)} is an array of {value.dtype}, which is not numbers: encode it first")
-
-
-def _frame(value: Any, name: str) -> np.ndarray:
-    columns = dict(value.items()) if type(value).__name__ == "DataFrame" else {name: value}
-    bad = [str(c) for c, v in columns.items() if getattr(v.dtype, "kind", "O") not in "fiub"]
-    if bad:
-        raise ValueError(f"columns {', '.join(map(repr, bad))} are not numbers: encode or drop them")
-    array = value.to_numpy()
-    return value.to_numpy(dtype=float, na_value=float("nan")) if array.dtype == object else array
-
-
-def _not_bytes(value: Tensor, name: str) -> Tensor:
-    if value.dtype == torch.uint8 and value.dim() > 1:
-        raise ValueError(
-            f"{_name(name)} holds integer images: uint8 {tuple(value.shape)}, values up to {int(value.max())}. "
-            "Scale them to [0, 1], as x.float() / 255, or take x.float() where they are counts"
-        )
-    return value
+def _rows_of(v: Tensor, elements: int) -> int:
+    """About how many rows have so many elements."""
+    return max(1, elements // max(1, v[0].numel()))

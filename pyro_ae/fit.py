@@ -22,6 +22,7 @@ from .engines.sgld import sgld
 from .engines.sgnht import sgnht
 from .engines.svi import svi
 from .posterior import Posterior
+from .precision import check_precision
 from .runtime import find_device, seeded
 from .types import Engine, Guide, Model, Recipe
 
@@ -58,6 +59,7 @@ def fit(
     checkpoint: str | Path | None = None,
     check: bool = True,
     compile: bool | str = "auto",
+    precision: str = "float32",
 ) -> Posterior:
     """Fit a Pyro model to data by any method, and get its posterior.
 
@@ -86,10 +88,12 @@ def fit(
             settings goes on from there, to the same draws as if it had never stopped.
         check: whether to look at the posterior, for about a second, and warn (``PosteriorWarning``) where it is poor.
             Python's filters of warnings silence that as well, and spare the look.
-        compile: whether the steps of svi are captured and replayed without Pyro's handlers, to the same losses:
-            ``"auto"`` where so many steps will be run that it pays; True or ``"replay"`` at once; ``"inductor"``
-            compiled by torch, which takes half a minute; False never. What cannot be captured runs as it is, with a
-            warning that says why.
+        compile: whether steps by gradients are captured and replayed without Pyro's handlers, to the same losses:
+            ``"auto"`` where so many steps will be run that it pays, as a CUDA graph on a GPU; True or ``"replay"`` at
+            once; ``"inductor"`` compiled by torch, which takes half a minute; False never. What cannot be captured
+            runs as it is, with a warning that says why.
+        precision: ``"bf16"`` computes the layers of networks in bfloat16, and all else, such as log-weights, in
+            single precision still.
 
     Raises:
         ValueError: for a mistake in the model, the guide or the data; it names the site and the cure.
@@ -112,6 +116,7 @@ def fit(
         raise ValueError(f"the model must be a function with Pyro sites, got {type(model).__name__}")
     engine = _engine(method)
     check_mode(compile)
+    check_precision(precision)
     with seeded(seed):
         rows = as_rows(data)
         rows.check_batch_size(batch_size)
@@ -134,6 +139,7 @@ def fit(
             callbacks=tuple(callbacks),
             checkpoint=None if checkpoint is None else Path(checkpoint),
             compile=compile,
+            precision=precision,
         )
         posterior = engine(model, guide, run)
     if check:

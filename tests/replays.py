@@ -9,7 +9,7 @@ from pyro_ae import fit, svi
 from pyro_ae.engines.compiled import Steps
 
 
-def both(example, loss, monkeypatch, steps=9, batch_size=6, **kwargs):
+def both(example, loss, monkeypatch, steps=9, batch_size=6, precision="float32", **kwargs):
     """Histories and states of a fit as it is and of one that is replayed, and why the latter was eager, if it was."""
     made: list[Steps] = []
 
@@ -26,6 +26,7 @@ def both(example, loss, monkeypatch, steps=9, batch_size=6, **kwargs):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             options = {"batch_size": batch_size, "seed": 0, "progress": False, "check": False}
+            options["precision"] = precision
             posterior = fit(model, x, guide=guide, method=method, compile=compile, **options)
         out.append((posterior.history, posterior.program.parameters.state(), method.loss))
     told = [str(w.message) for w in caught if "cannot be captured" in str(w.message)]

@@ -153,6 +153,9 @@ LAYERS = [
     *(
         "types",
         "cite",
+        "arrays",
+        "prefetch",
+        "precision",
         "data",
         "datasets",
         "schedules",

@@ -290,3 +290,32 @@ def test_missing_values_are_left_out():
     keep = ~y.isnan()
     mean, covariance = regression_posterior(x[keep], y[keep])
     assert ((w.mean(0) - mean) / covariance.diagonal().sqrt()).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("compile", ["replay", False])
+def test_chains_are_the_same_however_their_steps_are_run(compile):
+    method = sghmc(lr=2e-4, chains=3, warmup=20, draws=20, thinning=2)
+    options = {"method": method, "batch_size": 16, "seed": 0, "progress": False, "check": False}
+    draws = [fit(regression, regression_rows(), compile=c, **options).sample()["w"] for c in ("auto", compile)]
+    torch.testing.assert_close(*draws)
+
+
+def test_chains_are_not_captured_where_that_is_not_wanted(monkeypatch):
+    monkeypatch.setattr("pyro_ae.engines.stacked.record", None)
+    with pytest.warns(UserWarning, match="no graph"):
+        quick(sgld(lr=1e-3, **SHORT))
+    quick(sgld(lr=1e-3, **SHORT), compile=False)
+
+
+@pytest.mark.slow
+def test_compiled_chains_are_replayed_ones():
+    energy, rows = minibatched(regression, regression_rows(), 20)
+    batch, position = next(iter(rows.batches(20))), torch.randn(4, 3)
+    found = []
+    for compile in ("replay", "inductor"):
+        stacked = StackedEnergy(energy, compile=compile)
+        stacked.settle()
+        stacked(position, batch)
+        found.append(stacked(position, batch))
+        assert not stacked.eager
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -116,7 +116,7 @@ class feynman_kac(Stepping):
 def _prior(model: Model, run: Run, draws: int) -> Posterior:
     """Draws from the prior, by one run of the model."""
     program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
-    batch = run.data.to(run.device).first(run.batch_size)
+    batch = run.data.first(run.batch_size, run.device)
     program.build(batch, minibatched=run.minibatched)
 
     def read(layout: Layout, runs: list[Recorder], k: int) -> dict[str, Tensor]:

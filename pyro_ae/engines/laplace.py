@@ -78,9 +78,10 @@ class laplace:
 
     def __call__(self, model: Model, guide: Guide | None, run: Run) -> Posterior:
         run.refuse_checkpoint("laplace")
+        run.refuse_precision("laplace")
         found = self.at(model, None, run) if isinstance(self.at, map_) else self.at
         program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
-        program.build(run.data.to(run.device).first(run.batch_size), minibatched=run.minibatched)
+        program.build(run.data.first(run.batch_size, run.device), minibatched=run.minibatched)
         with program.active(), validation(False):
             draws = self._draws(program, found, run)
         return Posterior(

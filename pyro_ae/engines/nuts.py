@@ -156,6 +156,7 @@ def _run(config: nuts | hmc, model: Model, run: Run) -> Posterior:
             "its limit. Leave out batch_size, and pass tensors in place of a DataLoader"
         )
     run.refuse_checkpoint(type(config).__name__)
+    run.refuse_precision(type(config).__name__)
     assert not isinstance(run.data, LoadedRows)
     program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
     batch = run.data.to(run.device).call()

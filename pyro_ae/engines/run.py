@@ -39,6 +39,11 @@ class Event:
     history: dict[str, list[float]]
 
 
+def fetched_at_once(device: torch.device) -> int:
+    """After how many steps losses are fetched: a look at a GPU's values would have it wait for the next step."""
+    return 16 if device.type == "cuda" else 1
+
+
 @dataclass(frozen=True)
 class Run:
     """One fit: its data and its circumstances; every engine is given one.
@@ -53,6 +58,7 @@ class Run:
         callbacks: called with an :class:`Event` after each evaluation; one that returns True ends the fit.
         checkpoint: folder for the state of the fit, from which it goes on if it is there.
         compile: how steps are captured, as for ``fit``.
+        precision: of the layers of networks, as for ``fit``.
     """
 
     data: Rows | LoadedRows
@@ -64,6 +70,7 @@ class Run:
     callbacks: Iterable[Callable[[Event], Any]] = ()
     checkpoint: Path | None = None
     compile: bool | str = "auto"
+    precision: str = "float32"
 
     @property
     def minibatched(self) -> bool:
@@ -74,6 +81,13 @@ class Run:
             raise ValueError(
                 f"{engine} keeps no checkpoint; samplers by stochastic gradients do, such as sghmc. Leave it out, and "
                 "save the posterior when the fit is done; an interrupted fit (Ctrl-C) gives one too"
+            )
+
+    def refuse_precision(self, engine: str) -> None:
+        if self.precision != "float32":
+            raise ValueError(
+                f"{engine} needs the precision that it is given: leave out precision={self.precision!r}, which is for "
+                "svi and for samplers and optimisers by stochastic gradients"
             )
 
     def bar(self, total: int, unit: str, description: str = "") -> tqdm:

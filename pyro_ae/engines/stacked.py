@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..data import Call, missing_values
 from ..energy import Energy
-from ..lowering.capture import CaptureError, Graph, capture
+from ..lowering.backends import cuda_graph, inductor
+from ..lowering.capture import CaptureError
+from ..lowering.tape import Tape, Values, record
+from ..precision import layers_in
 from ..program import validation
 from ..types import Draws
 
@@ -23,13 +26,15 @@ class StackedEnergy:
     r"""Energies :math:`U(v_c)` of chains ``[chains, d]`` and their gradients, by ``torch.vmap`` over the model.
 
     A batch is seen by all chains, or has a dim of chains before its rows, one batch for each. Once :meth:`settle` was
-    called, each new shape of a batch is captured as a graph and replayed, which spares Pyro's handlers at each step;
+    called, each new shape of a batch is recorded and replayed, which spares Pyro's handlers at each step;
     a model that is no graph, or that vmap cannot run, is run as it is, and that is said once.
 
     Arguments:
         energy: of the model.
         own: whether each chain has a batch of its own.
         missing: whether the data have missing values.
+        compile: how it is captured, as for ``fit``.
+        precision: of the layers of networks, as for ``fit``.
 
     Attributes:
         size: d, the number of unconstrained latents.
@@ -42,16 +47,26 @@ class StackedEnergy:
                 [2., 3.]])
     """
 
-    def __init__(self, energy: Energy, *, own: bool = False, missing: bool = False) -> None:
+    def __init__(
+        self,
+        energy: Energy,
+        *,
+        own: bool = False,
+        missing: bool = False,
+        compile: bool | str = "auto",
+        precision: str = "float32",
+    ) -> None:
         self.energy = energy
         self.own = own
         self.missing = missing
+        self.compile, self.precision = compile, precision
         values = energy.init("uniform")
         self.shapes = {name: v.shape for name, v in values.items()}
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.size = sum(self.sizes)
-        self.serial = self.settled = self.eager = self._capturing = False
-        self._graphs: dict[tuple, Graph] = {}
+        self.serial = self.settled = self._capturing = False
+        self.eager = compile is False
+        self._graphs: dict[tuple, Callable[..., Values]] = {}
 
     def pack(self, values: Draws) -> Tensor:
         """Unconstrained values ``[*, *shape]`` of each site as flat vectors ``[*, d]``."""
@@ -70,52 +85,54 @@ class StackedEnergy:
     def __call__(self, position: Tensor, batch: Call, parameters: Iterable[Tensor] = ()) -> tuple[Tensor, ...]:
         """The energies ``[chains]``, their gradient ``[chains, d]``, and that of their sum in each parameter."""
         parameters = tuple(parameters)
-        with validation(False), missing_values(self.missing):
-            if not self.settled or self.eager or parameters:
-                return self._run(position, batch, parameters)
-            leaves, structure = tree_flatten(tuple(batch))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            settings = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            key = (position.shape, str(settings), *((t.shape, t.dtype) for t in tensors))
-            if key in self._graphs:
-                return self._graphs[key](position, tensors)
+        if not self.settled or self.eager or parameters:
+            return self._run(position, batch, parameters)
+        leaves, structure = tree_flatten(tuple(batch))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        settings = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        key = (position.shape, *((v.shape, v.dtype) if isinstance(v, Tensor) else repr(v) for v in leaves))
+        if key in self._graphs:
+            return tuple(self._graphs[key](position, *tensors))  # type: ignore[arg-type]
 
-            def run(position: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-                given = iter(tensors)
-                leaves = [next(given) if setting is _TENSOR else setting for setting in settings]
-                return self._run(position, Call(*tree_unflatten(leaves, structure)), ())
+        def run(position: Tensor, *tensors: Tensor) -> Values:
+            given = iter(tensors)
+            leaves = [next(given) if setting is _TENSOR else setting for setting in settings]
+            return list(self._run(position, Call(*tree_unflatten(leaves, structure)), ()))
 
-            return self._capture(key, run, position, tensors)
+        return tuple(self._capture(key, run, position, *tensors))  # type: ignore[arg-type]
 
-    def _capture(
-        self, key: tuple, run: Callable[..., tuple[Tensor, ...]], position: Tensor, tensors: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Run as it is, and keep a graph of it, once the graph is seen to give the same elsewhere as well."""
+    def _capture(self, key: tuple, run: Callable[..., Values], position: Tensor, *tensors: Tensor) -> Values:
+        """Run as it is, and keep a tape of it, once a replay is seen to give the same elsewhere as well."""
         if not self.serial:
-            run(position, tensors)
+            run(position, *tensors)
         if self.serial:
             self.eager = True
-            return run(position, tensors)
+            return run(position, *tensors)
         self._capturing = True
         try:
-            graph = capture(run, position, tensors, replayed=True)
+            values, tape = record(run, position, *tensors, live=[])
+            if tape.random:
+                raise CaptureError("it draws random numbers")
             elsewhere = 1.01 * position + 0.01  # not drawn: the random state is the fit's
-            for replayed, ours in zip(graph(elsewhere, tensors), run(elsewhere, tensors), strict=True):
-                scale = ours.abs().nan_to_num(0.0, 0.0, 0.0).amax()
-                if not torch.allclose(replayed / scale, ours / scale, rtol=1e-3, atol=1e-4, equal_nan=True):
-                    raise CaptureError("a replay gives other values than the model does")
-            del elsewhere, replayed, ours
-            self._graphs[key] = graph
-            return graph(position, tensors)
+            replay = self._compiled(tape, [elsewhere, *tensors])
+            _check(replay(elsewhere, *tensors), run(elsewhere, *tensors))
+            self._graphs[key] = replay
+            return values
         except (CaptureError, RuntimeError, NotImplementedError, TypeError) as error:
             self.eager = True
             _say(f"the model's energy is no graph, so each step runs the model itself, which is slower: {_line(error)}")
         finally:
             self._capturing = False
-        return run(position, tensors)
+        return run(position, *tensors)
+
+    def _compiled(self, tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
+        """What runs a tape: a compiler, a CUDA graph, or itself."""
+        if self.compile == "inductor":
+            return inductor(tape, inputs)
+        return cuda_graph(tape, inputs) if inputs[0].is_cuda and self.compile != "replay" else tape
 
     def _run(self, position: Tensor, batch: Call, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
+        with validation(False), missing_values(self.missing), torch.enable_grad():
             position = position.detach().requires_grad_()
             energies = self.energies(position, batch)
             gradients = torch.autograd.grad(energies.sum(), (position, *parameters), materialize_grads=True)
@@ -123,6 +140,10 @@ class StackedEnergy:
 
     def energies(self, position: Tensor, batch: Call) -> Tensor:
         """The energies ``[chains]``, by the model itself."""
+        with layers_in(self.precision):
+            return self._energies(position, batch)
+
+    def _energies(self, position: Tensor, batch: Call) -> Tensor:
         chains = len(position)
         if not self.serial and chains > 1:
             leaves, structure = tree_flatten(tuple(batch))
@@ -148,6 +169,14 @@ class StackedEnergy:
         leaves, structure = tree_flatten(tuple(batch))
         mine = [leaf[chain] if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves]
         return Call(*tree_unflatten(mine, structure))
+
+
+def _check(replayed: Values, ours: Values) -> None:
+    for theirs, mine in zip(replayed, ours, strict=True):
+        assert theirs is not None and mine is not None
+        scale = mine.abs().nan_to_num(0.0, 0.0, 0.0).amax()
+        if not torch.allclose(theirs / scale, mine / scale, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise CaptureError("a replay gives other values than the model does")
 
 
 def _say(what: str) -> None:

@@ -19,7 +19,7 @@ from ..schedules import now as value_of
 from ..schedules import progress
 from ..sites import quote
 from ..types import Model
-from .run import Event, NonFiniteError, Run
+from .run import Event, NonFiniteError, Run, fetched_at_once
 from .stacked import StackedEnergy
 from .starts import starting_points
 from .store import Store
@@ -80,7 +80,7 @@ class Stacked:
     def __init__(self, config: Stepping, model: Model, run: Run) -> None:
         self.config, self.circumstances = config, run
         self.program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
-        first = run.data.to(run.device).first(run.batch_size)
+        first = run.data.first(run.batch_size, run.device)
         self.program.build(first, minibatched=run.minibatched)
         self.trained = self._trained()
         self._refuse()
@@ -94,7 +94,13 @@ class Stacked:
             self.energy = Energy(target, first)
             data = run.data
             missing = isinstance(data, LoadedRows) or data.has_missing
-            self.stacked = StackedEnergy(self.energy, own=config.own_batches, missing=missing)
+            self.stacked = StackedEnergy(
+                self.energy,
+                own=config.own_batches,
+                missing=missing,
+                compile=run.compile,
+                precision=run.precision,
+            )
             self._check_leaves(first)
             points = starting_points(config.init, self.energy, config.chains)
             position = self.stacked.pack({n: torch.stack([p[n] for p in points]) for n in points[0]})
@@ -110,7 +116,7 @@ class Stacked:
         self.densities = torch.zeros(config.chains, keeps)
         self.optimizer = torch.optim.Adam(self.trained, lr=config.parameter_lr) if self.trained else None
         own = config.chains if config.own_batches and run.minibatched else None
-        self.stream = Stream(data.to(run.device), run.batch_size, run.device, own)
+        self.stream = Stream(data.resident(run.device), run.batch_size, run.device, own)
 
     def _refuse(self) -> None:
         run, program, name = self.circumstances, self.program, type(self.config).__name__
@@ -197,7 +203,9 @@ class Stacked:
         batch = next(self.stream)
         with progress(self.done / self.steps):
             energies, gradient, *rest = config.energies(self.state, self.stacked, batch, parameters)
-            if not torch.isfinite(energies).all():
+            # a chain that has left does not come back, so it is found when one looks
+            look = plan.kept is not None or self.done % fetched_at_once(program.device) == 0
+            if look and not torch.isfinite(energies).all():
                 self._fail(gradient)
             config.step(
                 self.state,

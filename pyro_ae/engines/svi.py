@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from ..losses import importance
 from ..lowering.tape import Values
 from ..parameters import unknown_leaves
 from ..posterior import Posterior
+from ..precision import layers_in
 from ..program import Program, validation
 from ..schedules import progress
 from ..types import Guide, Loss, Model, Sides
 from .compiled import Steps, apart
-from .run import Event, NonFiniteError, Run
+from .run import Event, NonFiniteError, Run, fetched_at_once
+from .score import Score
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
@@ -32,13 +35,17 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda t: 0.5 * (1.0 + math.cos(math.pi * t)),
 }
 
+CHECKED = 1000
+"""Steps of the first pass over the data in which distributions are checked, as a pass over many rows may be all."""
+
 
 @dataclass(frozen=True)
 class svi:
     """Stochastic variational inference with any loss, on minibatches or on all rows.
 
     Losses in the history are in nats per row where the model has a plate of rows, else in nats. The first pass
-    over the data checks distributions' arguments and supports; later passes skip that to be faster.
+    over the data, or its first 1000 steps, checks distributions' arguments and supports; later steps skip that to be
+    faster.
 
     References:
         Stochastic Variational Inference (Hoffman et al., 2013) https://jmlr.org/papers/v14/hoffman13a.html
@@ -95,7 +102,7 @@ class svi:
     def __call__(self, model: Model, guide: Guide | None, run: Run) -> Posterior:
         run.refuse_checkpoint("svi")
         program = Program(model, guide, plate=run.plate, total=run.data.size, device=run.device)
-        first = run.data.to(run.device).first(run.batch_size)
+        first = run.data.first(run.batch_size, run.device)
         program.build(first, minibatched=run.minibatched, automatic=True)
         return _Fit(self, program, run).run()
 
@@ -117,36 +124,9 @@ class svi:
         return make(groups, lr=lr)
 
 
-class _Score(NamedTuple):
-    """An evaluation: values of independent batches, and their weights."""
-
-    values: Tensor
-    weights: Tensor
-    paired: bool
-
-    @property
-    def mean(self) -> float:
-        return float((self.values * self.weights).sum() / self.weights.sum())
-
-    def improves(self, best: _Score | None) -> bool:
-        """Whether it is lower than the best by more than the standard error of the difference."""
-        if best is None:
-            return True
-        if self.paired and self.values.shape == best.values.shape:
-            # same batches, same noise: the difference has far less noise than either
-            error = _standard_error(best.values - self.values)
-        else:
-            error = math.hypot(_standard_error(self.values), _standard_error(best.values))
-        return best.mean - self.mean > error
-
-
 def _scalar(loss: Tensor | Sides) -> float:
     """What the history shows of a loss."""
     return (loss if isinstance(loss, Tensor) else loss.model).item()
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 class _Fit:
@@ -175,18 +155,23 @@ class _Fit:
             self.total = (config.epochs or 100) * self.per_epoch
         else:
             self.total = config.steps or 5000
-        self.interval = self.per_epoch if run.minibatched else max(1, self.total // 100)
+        # an evaluation runs the program once more: after each pass, but less often than that where passes are short
+        passes = max(1, min(math.ceil(10 / self.per_epoch), self.total // self.per_epoch // 100))
+        self.interval = passes * self.per_epoch if run.minibatched else max(1, self.total // 100)
         self.patience = 10 if config.early_stopping is True else int(config.early_stopping)
         self.guided: set[str] = set()  # names in the param store that are the guide's
         self.history: dict[str, list[float]] = {}
         self.step = self.epoch = 0
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)  # it can leave out a step by itself
+        self.at_once = fetched_at_once(program.device) if fused else 1
+        self.pending: list[tuple[int, Call, Tensor]] = []
         self.steps = Steps(self._evaluate, program, config.loss, run.compile, data)
 
     def run(self) -> Posterior:
-        resident = self._resident()
+        resident = self.circumstances.data.resident(self.program.device)
         interrupted = False
-        best: _Score | None = None
-        reference: _Score | None = None
+        best: Score | None = None
+        reference: Score | None = None
         best_state = None
         stale = 0
         losses: list[float] = []
@@ -196,17 +181,21 @@ class _Fit:
         ):
             try:
                 while self.step < self.total:
-                    with validation(self.epoch == 0):
+                    with ExitStack() as checked:
+                        checked.enter_context(validation(self.epoch == 0))
                         for batch in resident.batches(self.circumstances.batch_size, device=self.program.device):
-                            losses.append(self._update(batch))
+                            if self.step == CHECKED:
+                                checked.enter_context(validation(False))
+                            losses.extend(self._update(batch))
                             self.step += 1
                             bar.update()
                             if self.step >= self.total:
                                 break
+                    losses.extend(self._fetch())
                     self.epoch += 1
                     if self.step % self.interval and self.step < self.total:
                         continue
-                    score = self._validate() or _Score(torch.tensor(losses), torch.ones(len(losses)), False)
+                    score = self._validate() or Score(torch.tensor(losses), torch.ones(len(losses)), False)
                     self._record(losses, score, batch)
                     losses = []
                     if self.circumstances.progress:
@@ -253,38 +242,45 @@ class _Fit:
         rows = next(t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.dim())
         return len(rows) / self.program.rows
 
-    def _resident(self) -> Rows | LoadedRows:
-        """The data on the device where it takes less than half of what is free, else batch by batch."""
-        data, device = self.circumstances.data, self.program.device
-        if isinstance(data, Rows) and device.type == "cuda" and data.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-            return data
-        return data.to(device)
-
-    def _update(self, batch: Call) -> float:
+    def _update(self, batch: Call) -> list[float]:
+        """Take a step; the losses that came to be known."""
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * self.schedule(self.step / self.total)
         first_pass = self.epoch == 0 and torch.distributions.Distribution._validate_args
         done, left = self.step / self.total, self.total - self.step
         scalars, *gradients = self.steps(batch, done, left, ready=self.step > 0 and not first_pass)
         assert scalars is not None
-        value, norm = scalars.tolist()
-        if not math.isfinite(value):
-            self._fail(f"the loss is {value}", batch)
-        if not math.isfinite(norm):
-            given = zip(self.named, gradients, strict=True)
-            names = [n for n, g in given if g is not None and not torch.isfinite(g).all()]
-            self._fail(f"the gradient of {', '.join(map(repr, names[:4]))} is not finite", batch)
+        self.pending.append((self.step, batch, scalars))
+        losses = self._fetch(gradients) if len(self.pending) >= self.at_once else []
         for p, gradient in zip(self.named.values(), gradients, strict=True):
             p.grad = gradient
         if self.config.clip is not None:
             clip_grads_with_norm_(list(self.named.values()), self.config.clip, scalars[1])
+        if self.at_once > 1:  # on the device, as no one has looked at the loss yet
+            self.optimizer.found_inf = 1.0 - scalars.isfinite().all().float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        return value
+        return losses
+
+    def _fetch(self, gradients: Sequence[Tensor | None] = ()) -> list[float]:
+        """The losses of the steps since the last time; an error where one of them failed."""
+        if not self.pending:
+            return []
+        values = torch.stack([scalars for _, _, scalars in self.pending]).tolist()
+        for (step, batch, _), (value, norm) in zip(self.pending, values, strict=True):
+            if not math.isfinite(value):
+                self._fail(f"the loss is {value}", step, batch)
+            if not math.isfinite(norm):
+                given = zip(self.named, gradients, strict=False) if step == self.step else ()
+                names = [repr(n) for n, g in given if g is not None and not torch.isfinite(g).all()]
+                self._fail(f"the gradient{' of ' * bool(names)}{', '.join(names[:4])} is not finite", step, batch)
+        self.pending.clear()
+        return [value for value, _ in values]
 
     def _evaluate(self, batch: Call) -> Values:
         """The loss to be shown and the norm of its gradient, in one tensor; and the gradient of each parameter."""
         program = self.program
-        loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
+        with layers_in(self.circumstances.precision):
+            loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
         if self.step == 0:
             self._check_leaves(loss, batch)
         if program.parameters.store_size() != self.store_size:
@@ -359,10 +355,10 @@ class _Fit:
                 "with net.requires_grad_(False)"
             )
 
-    def _fail(self, what: str, batch: Call) -> None:
+    def _fail(self, what: str, step: int, batch: Call) -> None:
         site = first_bad_site(self.program.model, self.program.guide, batch)
         error = NonFiniteError(
-            f"{what} at step {self.step} (epoch {self.epoch}, batch {self.step % self.per_epoch})"
+            f"{what} at step {step} (epoch {self.epoch}, batch {step % self.per_epoch})"
             + (f"; the first bad site is {site}" if site else "; no site is bad by itself")
             + ". The last good state is kept in the model and guide, and as the error's .posterior. Try a smaller lr, "
             "clip=, or a look at that site's distribution"
@@ -370,7 +366,7 @@ class _Fit:
         error.posterior = self._posterior()
         raise error
 
-    def _validate(self) -> _Score | None:
+    def _validate(self) -> Score | None:
         held = self.circumstances.validation
         if held is None:
             return None
@@ -393,9 +389,9 @@ class _Fit:
                 loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
                 values.append(_scalar(loss) / program.rows)
                 weights.append(float(rows.shape[0]))
-        return _Score(torch.tensor(values), torch.tensor(weights), True)
+        return Score(torch.tensor(values), torch.tensor(weights), True)
 
-    def _record(self, losses: list[float], score: _Score, batch: Call) -> None:
+    def _record(self, losses: list[float], score: Score, batch: Call) -> None:
         metrics = {"step": self.step, "epoch": self.epoch, "loss": sum(losses) / len(losses)}
         if score.paired:
             metrics["validation"] = score.mean

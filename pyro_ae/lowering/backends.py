@@ -28,7 +28,10 @@ def inductor(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
 
 
 def cuda_graph(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
-    """A tape as a CUDA graph: one launch for all of its kernels."""
+    """A tape as a CUDA graph: one launch for all of its kernels.
+
+    The first value is the caller's to keep; the others are written to anew by the next replay.
+    """
     static = [t.clone() for t in inputs]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -44,7 +47,7 @@ def cuda_graph(tape: Tape, inputs: list[Tensor]) -> Callable[..., Values]:
         for mine, theirs in zip(static, inputs, strict=True):
             mine.copy_(theirs)
         graph.replay()
-        return values
+        return [None if values[0] is None else values[0].clone(), *values[1:]]
 
     return replay
 

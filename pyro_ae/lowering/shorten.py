@@ -96,9 +96,20 @@ def same(node: fx.Node, fixed: set[fx.Node]) -> fx.Node | None:
     if name in ("view", "_unsafe_view", "expand") and _alike(node, source):
         return source
     # the derivative of a square has a power of one
-    if name == "pow" and node.args[1] in (1, 1.0) and _alike(node, source) and not {node, base_of(source)} & fixed:
+    power = name == "pow" and node.args[1] in (1, 1.0) and not {node, base_of(source)} & fixed
+    if power and (_alike(node, source) or _takes_the_place(source, node)):
         return source
     return None
+
+
+def _takes_the_place(source: fx.Node, node: fx.Node) -> bool:
+    """Whether the users of a node can take its source, and what they give is laid out as before."""
+    ours, theirs = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or ours.dtype != theirs.dtype:
+        return False
+    strides = list(theirs.stride())
+    in_order = ours.is_contiguous() and strides == sorted(strides, reverse=True) and 0 not in strides
+    return ours.shape == theirs.shape and in_order and all(op_name(user.target) in POINTWISE for user in node.users)
 
 
 NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}

@@ -54,10 +54,16 @@ class Tape:
         graph: nodes of ATen ops, from the inputs and the held tensors.
         held: the tensors that the graph takes after its inputs.
         written: those of them that a replay changes.
+        random: whether a replay draws random numbers.
     """
 
     def __init__(self, graph: fx.Graph, held: list[Tensor], written: list[Tensor], root: fx.GraphModule) -> None:
         self.graph, self.held, self.written, self._root = graph, held, written, root
+        self.random = any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                node.target = BINDINGS.get(op_name(node.target), node.target)
+        graph.lint()
         code = graph.python_code("self")
         scope = dict(code.globals)
         exec(code.src, scope)
@@ -204,10 +210,6 @@ def _tape(module: fx.GraphModule, live: Sequence[Tensor]) -> Tape:
     order = [n for n in graph.nodes if n in held]
     changed = written(graph)
     reuse(graph, fixed)
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = BINDINGS.get(op_name(node.target), node.target)
-    graph.lint()
     return Tape(graph, [held[n] for n in order], [held[n] for n in order if n in changed], module)
 
 
