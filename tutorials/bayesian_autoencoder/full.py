@@ -1,15 +1,16 @@
 """The table and the pictures of the tutorial at full size.
 
 ``python tutorials/bayesian_autoencoder/full.py mnist --seeds 4 --workers 2 --out tutorials/bayesian_autoencoder`` runs
-the comparison of ``pyro_ae.papers.bayesian_autoencoder`` for each seed, and writes its table (``mnist.csv``), a summary
-(``mnist.md``, the table in README.md) and pictures (``mnist_*.png``). What is there of an earlier, interrupted call is
-not run again.
+the comparison of ``pyro_ae.papers.bayesian_autoencoder`` for each seed and method, and writes its table
+(``mnist.csv``), a summary (``mnist.md``, the table in README.md) and pictures (``mnist_*.png``). What is there of an
+earlier, interrupted call is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -40,9 +41,12 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     matplotlib.use("Agg")
     began = time.perf_counter()
-    jobs = [(given.scale, seed, given.out) for seed in range(given.seeds)]
+    methods = paper.SCALES[given.scale].methods
+    jobs = [(given.scale, seed, method, given.out) for seed in range(given.seeds) for method in methods]
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
         table = pd.concat(pool.map(run, *zip(*jobs, strict=True)))
+    order = {method: i for i, method in enumerate(methods)}
+    table = table.sort_values(["seed", "size", "method"], key=lambda c: c.map(order) if c.name == "method" else c)
     table.round(4).to_csv(given.out / f"{given.scale}.csv", index=False)
     for data in paper.SCALES[given.scale].data:
         (given.out / f"{data}.md").write_text(summary(table[table["data"] == data]), encoding="utf-8")
@@ -52,12 +56,12 @@ def main() -> None:
     print(f"{time.perf_counter() - began:.0f} s")
 
 
-def run(scale: str, seed: int, out: Path) -> pd.DataFrame:
-    """One seed's table, from a file if it was run before."""
+def run(scale: str, seed: int, method: str, out: Path) -> pd.DataFrame:
+    """One method's rows of one seed's table, from a file if it was run before."""
     torch.set_num_threads(1)
-    file = out / f"{scale}_{seed}.csv"
+    file = out / f"{scale}_{seed}_{re.sub('[^a-z0-9]+', '_', method.lower())}.csv"
     if not file.exists():
-        paper.run(scale, seed, progress=True).to_csv(file, index=False)
+        paper.run(scale, seed, progress=True, methods=[method]).to_csv(file, index=False)
     return pd.read_csv(file).assign(seed=seed)
 
 
