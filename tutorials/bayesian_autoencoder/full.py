@@ -82,22 +82,21 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def against_size(table: pd.DataFrame) -> plt.Figure:
-    """Log-likelihood against the number of training images, with standard errors over seeds."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours = plt.get_cmap("cividis")(torch.linspace(0, 0.9, table["method"].nunique()).tolist())
-    for (method, part), colour, marker in zip(
-        table.groupby("method", sort=False), colours, "osD^v<>pPX*hd8H", strict=False
-    ):
-        by = part.groupby("size")["ll"]
-        strong = {"linewidth": 3} if method == paper.TUNED else {}
-        axes.errorbar(
-            by.mean().index, by.mean(), by.sem(), label=method, marker=marker, color=colour, capsize=3, **strong
-        )
-    axes.set(xscale="log", xlabel="training images", ylabel="log-likelihood of the mean image [nats per test image]")
-    sizes = sorted(table["size"].unique())
-    axes.minorticks_off()
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    """Log-likelihood for each number of training images, with standard errors over seeds."""
+    sizes, methods = sorted(table["size"].unique()), list(dict.fromkeys(table["method"]))
+    figure, panels = plt.subplots(1, len(sizes), figsize=(10, 4), sharey=True, layout="constrained")
+    for axes, size in zip(panels, sizes, strict=True):
+        by = table[table["size"] == size].groupby("method")["ll"]
+        for place, method in enumerate(methods):
+            colour = "#0072b2" if method.startswith("BAE") else "#555555"
+            form = "D" if method == paper.TUNED else "s" if method == paper.WIDE else "o"
+            mean, error = by.mean()[method], by.sem()[method]
+            axes.errorbar(mean, place, xerr=error, fmt=form, color=colour, capsize=3)
+        axes.set_title(f"{size} images to learn")
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].invert_yaxis()
+    figure.supxlabel("log-likelihood of the mean image [nats per test image]")
     return figure
 
 
