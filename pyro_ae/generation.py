@@ -51,7 +51,7 @@ def generate(
     rows = n if averaged else -(-n // draws)  # of each draw of what is shared
     new = {} if density is None else _new_codes(posterior, n if averaged else draws * rows, density, code, data)
     values |= {s: z.reshape(-1, rows, *z.shape[1:]).expand(draws, rows, *z.shape[1:]) for s, z in new.items()}
-    batch = _blank(posterior, rows)
+    batch = blank(posterior, rows)
 
     def names(layout: Layout) -> list[str]:
         ignored = [s for s in new if s not in layout.names("latent")]
@@ -104,7 +104,7 @@ def _new_codes(posterior: Posterior, n: int, density: LatentDensity, code: str |
     return {s: part.reshape(n, *shape) for (s, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def _blank(posterior: Posterior, rows: int) -> Call:
+def blank(posterior: Posterior, rows: int) -> Call:
     """A call that generates ``rows`` rows."""
     model = posterior.model.forward if isinstance(posterior.model, torch.nn.Module) else posterior.model
     if "size" in inspect.signature(model).parameters:

@@ -384,6 +384,11 @@ class Posterior:
 
         return describe(self)
 
+    def _repr_html_(self) -> str:
+        from .html import of_posterior
+
+        return of_posterior(self)
+
     # -- inside --------------------------------------------------------------------------------------------
 
     def _rows(self, data: Any) -> Rows | LoadedRows:

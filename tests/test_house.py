@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 # --------------------------------------------------------------------------------------- what is there
 
 
-def tracked(pattern: str = "*") -> list[Path]:
+def tracked(*patterns: str) -> list[Path]:
     """Files under version control, and those that would be if they were added, relative to the checkout."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
@@ -36,7 +36,8 @@ def tracked(pattern: str = "*") -> list[Path]:
         paths = {Path(name) for name in listing.split("\0") if name}
     except (OSError, subprocess.CalledProcessError):  # not a checkout
         paths = {path.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/*")} | {Path("README.md")}
-    return sorted(path for path in paths if path.match(pattern) and (ROOT / path).is_file())
+    named = [p for p in paths if not patterns or any(p.match(pattern) for pattern in patterns)]
+    return sorted(path for path in named if (ROOT / path).is_file())
 
 
 def sources() -> dict[str, tuple[ast.Module, bool]]:
@@ -195,12 +196,15 @@ LAYERS = [
         "draws",
         "prediction",
         "coding",
+        "html",
         "diagnostics",
         "generation",
         "describe",
         "posterior",
+        "export",
+        "anndata",
     ),
-    *("storage", "engines", "fit", "reference", "quickstart", "reproduce", "cli"),
+    *("storage", "engines", "fit", "pipeline", "trackers", "reference", "quickstart", "reproduce", "cli"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import textwrap
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .. import html
 from ..program import validation
 from . import page, plots
 from .chain_checks import ENTRIES, check_chains
@@ -87,9 +87,8 @@ class Report:
         return "\n".join([*lines, *(f"  {name:<{width}}  {_show(value)}" for name, value in self.figures.items())])
 
     def _repr_html_(self) -> str:
-        reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in self.reasons)
-        cells = "".join(f"<tr><td>{html.escape(n)}</td><td>{v}</td></tr>" for n, v in self._explained().items())
-        return f"<p>This posterior is <b>{self.verdict}</b>.</p><ul>{reasons}</ul><table>{cells}</table>"
+        verdict = f"<p>This posterior is {html.badge(self.verdict)}</p>"
+        return html.card(verdict, html.listing(self.reasons), html.table(self._explained()))
 
     def to_dict(self) -> dict[str, Any]:
         """Verdict, reasons, figures and rows, of numbers, strings and lists alone."""

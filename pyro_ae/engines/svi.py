@@ -259,6 +259,8 @@ class _Fit:
         if self.at_once > 1:  # on the device, as no one has looked at the loss yet
             self.optimizer.found_inf = 1.0 - scalars.isfinite().all().float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        for p in self.named.values():
+            p.grad = None  # or they would still be there when the next step's are
         return losses
 
     def _fetch(self, gradients: Sequence[Tensor | None] = ()) -> list[float]:
