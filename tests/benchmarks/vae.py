@@ -1,112 +1,134 @@
-"""``fit`` beside a hand-written PyTorch loop with the same networks.
+"""A VAE of given networks in each library, and ``fit`` beside the loop by hand: test bounds on binarised MNIST.
 
-python tests/benchmarks/vae.py steps            milliseconds a step, side by side, and their ratio
-python tests/benchmarks/vae.py memory           peak memory of a step, side by side
-python tests/benchmarks/vae.py mnist            test bounds after 20 epochs on statically binarised MNIST
+Run from the top of the repository: ``python tests/benchmarks/vae.py mnist``. What a step costs is in ``table.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
-from handwritten import Networks, evaluate, train
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from handwritten import PIXELS, Networks, batches, evaluate, normal, perceptrons, stepper, train
+from pyro.infer import RenyiELBO, Trace_ELBO
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from watch import peak as peak  # for sgmcmc.py
 
-from pyro_ae import Posterior, datasets, fit, importance, iwae, svi
-from pyro_ae.guides.amortized import Amortized
+from pyro_ae import datasets, fit, importance, iwae, svi
+from pyro_ae.guides.bottom_up import BottomUp
 from pyro_ae.guides.mean_field import MeanField
-from pyro_ae.models.vae import VAE
+from pyro_ae.models.deep_vae import DeepVAE
+from pyro_ae.models.vae import bernoulli
 
 
-def ours(
-    networks: Networks,
-    x: Tensor,
-    method: svi,
-    batch_size: int,
-    seed: int | None = None,
-    compile: bool | str = "auto",
-) -> Posterior:
-    head = MeanField(200, 50)
-    head.linear = networks.head
-    model, guide = VAE(networks.decoder, 50), Amortized(networks.encoder, head)
-    options = {"batch_size": batch_size, "seed": seed, "progress": False, "device": "cpu", "compile": compile}
-    return fit(model, x, guide=guide, method=method, **options)
+def gaussian(mean: Tensor) -> Distribution:
+    return dist.Normal(mean, 1.0).to_event(1)
 
 
-def milliseconds(run: Callable[[], object], steps: int) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start) / steps
+def likelihood_of(networks: Networks) -> Callable[[Tensor], Distribution]:
+    return gaussian if networks.likelihood is normal else bernoulli
 
 
-def race(x: Tensor, batch_size: int, particles: int, count: int) -> list[float]:
-    """Milliseconds a step: by hand, by hand with a fused optimiser, and ours as it is and replayed, with all set-up."""
-    start = Networks()
-
-    def by_hand(fused: bool) -> None:
-        train(copy.deepcopy(start), x, batch_size=batch_size, steps=count, particles=particles, lr=1e-3, fused=fused)
-
-    def fitted(compile: bool | str) -> None:
-        method = svi(loss=importance(iwae, particles), steps=count)
-        ours(copy.deepcopy(start), x, method, batch_size, compile=compile)
-
-    runs = [partial(by_hand, False), partial(by_hand, True), partial(fitted, False), partial(fitted, "replay")]
-    return [milliseconds(run, count) for run in runs]
+def parts(network: nn.Sequential) -> tuple[nn.Sequential, MeanField]:
+    """A network as an encoder and a head."""
+    *layers, last = network
+    head = MeanField(last.in_features, last.out_features // 2)
+    head.linear = last
+    return nn.Sequential(*layers), head
 
 
-def steps(repeats: int) -> None:
-    x = torch.bernoulli(torch.full((2000, 784), 0.2))
-    print(f"{'batch':>5} {'K':>3} {'by hand':>9} {'fused':>9} {'as it is':>9} {'replayed':>9}   (ms a step)", end="")
-    print(f" {'as it is':>17} {'replayed':>17}   (to by hand, fused)")
-    for batch_size, particles, count in ((128, 1, 600), (20, 1, 1000), (128, 16, 200), (20, 50, 200)):
-        rows = [race(x, batch_size, particles, count) for _ in range(repeats)]
-        times = " ".join(f"{statistics.median(column):>9.2f}" for column in zip(*rows, strict=True))
-        ratios = [[row[i] / row[1] for row in rows] for i in (2, 3)]
-        spread = [f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios]
-        print(f"{batch_size:>5} {particles:>3} {times}                {spread[0]:>17} {spread[1]:>17}", flush=True)
+def program(networks: Networks) -> tuple[DeepVAE, BottomUp]:
+    """Model and guide with these networks."""
+    first, *above = map(parts, networks.encoders)
+    priors = (nn.Sequential(*parts(prior)) for prior in networks.priors)
+    latent = networks.encoders[-1][-1].out_features // 2
+    model = DeepVAE(networks.decoder, *priors, latent=latent, likelihood=likelihood_of(networks))
+    return model, BottomUp(first, *above)
 
 
-def peak(run: Callable[[], object]) -> float:
-    """The most that was allocated at once by torch, in MiB."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
-    return float(live.max()) / 2**20
+def plain(networks: Networks) -> tuple[Callable, Callable]:
+    """Model and guide with these networks as one writes them for Pyro."""
+
+    def normal_of(network: nn.Module, h: Tensor) -> Any:
+        loc, log_scale = network(h).chunk(2, -1)
+        return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+    def model(x: Tensor) -> None:
+        pyro.module("networks", networks)
+        layers, latent = len(networks.encoders), networks.encoders[-1][-1].out_features // 2
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{layers}", dist.Normal(x.new_zeros(latent), 1.0).to_event(1))
+            for layer in range(layers - 1, 0, -1):
+                z = pyro.sample(f"z{layer}", normal_of(networks.priors[layer - 1], z))
+            pyro.sample("x", likelihood_of(networks)(networks.decoder(z)), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("networks", networks)
+        z = x
+        with pyro.plate("data", len(x)):
+            for layer, encoder in enumerate(networks.encoders, 1):
+                z = pyro.sample(f"z{layer}", normal_of(encoder, z))
+
+    return model, guide
 
 
-def memory() -> None:
-    x, start = torch.bernoulli(torch.full((400, 784), 0.2)), Networks()
-    print(f"{'batch':>5} {'K':>3} {'by hand':>9} {'fit':>9} {'ratio':>6}   (MiB)")
-    for batch_size, particles in ((128, 1), (20, 1), (128, 16), (20, 50)):
-        method = svi(loss=importance(iwae, particles), steps=25)
-        networks = [copy.deepcopy(start) for _ in range(2)]
-        options = {"batch_size": batch_size, "steps": 25, "particles": particles, "lr": 1e-3, "fused": True}
-        runs = [partial(train, networks[0], x, **options), partial(ours, networks[1], x, method, batch_size)]
-        by_hand, fitted = (peak(run) for run in runs)
-        print(f"{batch_size:>5} {particles:>3} {by_hand:>9.2f} {fitted:>9.2f} {fitted / by_hand:>6.2f}", flush=True)
+def of_pyro(particles: int) -> Any:
+    """Pyro's bound."""
+    if particles == 1:
+        return Trace_ELBO()
+    return RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
+
+
+def of_pythae(networks: Networks, particles: int) -> Any:
+    """pythae's model with these networks, of one layer; an ImportError where it is not installed."""
+    from pythae.models import IWAE, VAE, IWAEConfig, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = networks.encoders[0]
+
+        def forward(self, x: Tensor) -> Any:
+            loc, log_scale = self.network(x).chunk(2, -1)
+            return ModelOutput(embedding=loc, log_covariance=2 * log_scale)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = networks.decoder
+
+        def forward(self, z: Tensor) -> Any:
+            return ModelOutput(reconstruction=self.network(z).sigmoid())
+
+    shared = {"input_dim": (PIXELS,), "latent_dim": networks.encoders[0][-1].out_features // 2}
+    if particles == 1:
+        return VAE(VAEConfig(reconstruction_loss="bce", **shared), Encoder(), Decoder())
+    config = IWAEConfig(reconstruction_loss="bce", number_samples=particles, **shared)
+    return IWAE(config, Encoder(), Decoder())
 
 
 def mnist(epochs: int, seeds: int, particles: int) -> None:
     data = datasets.load("mnist_static_binarized")
+    assert data.test is not None
     x, test = data.train["x"].flatten(1), data.test["x"].flatten(1)[::5]
     print(f"test bound in nats (K=100, every fifth test image) after {epochs} epochs, trained with K={particles}")
     print(f"{'seed':>4} {'by hand':>9} {'fit':>9}")
     for seed in range(seeds):
         torch.manual_seed(seed)
-        start = Networks()
-        by_hand = copy.deepcopy(start)
-        total = epochs * -(-len(x) // 128)
-        train(by_hand, x, batch_size=128, steps=total, particles=particles, lr=1e-3, fused=True)
-        mine = copy.deepcopy(start)
-        posterior = ours(mine, x, svi(loss=importance(iwae, particles), epochs=epochs), 128, seed=seed + 100)
+        by_hand = perceptrons()
+        mine = copy.deepcopy(by_hand)
+        train(stepper(by_hand, particles), batches(x, 128), epochs * -(-len(x) // 128))
+        model, guide = program(mine)
+        method = svi(loss=importance(iwae, particles), epochs=epochs)
+        options = {"batch_size": 128, "seed": seed + 100, "progress": False, "device": "cpu"}
+        posterior = fit(model, x, guide=guide, method=method, **options)
         # one evaluation for both, and ours once more through the library
         bounds = [evaluate(n, test, 100) for n in (by_hand, mine)]
         library = posterior.log_evidence(test, particles=100).mean().item()
@@ -115,15 +137,9 @@ def mnist(epochs: int, seeds: int, particles: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["steps", "memory", "mnist"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("what", choices=["mnist"])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--particles", type=int, default=1)
     options = parser.parse_args()
-    if options.what == "steps":
-        steps(options.repeats)
-    elif options.what == "memory":
-        memory()
-    else:
-        mnist(options.epochs, options.seeds, options.particles)
+    mnist(options.epochs, options.seeds, options.particles)
