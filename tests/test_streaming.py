@@ -135,7 +135,7 @@ def test_losses_fetched_together_are_the_same(options, monkeypatch):
 def test_a_step_that_fails_is_left_out_before_anyone_looks(monkeypatch):
     kept = []
     for at_once in (1, 5):
-        model, run = line(at_once, monkeypatch, last=12)
+        model, run = line(at_once, monkeypatch, last=10)
         with pytest.raises(NonFiniteError, match=r"the loss is nan at step (\d+) ") as raised:
             run()
         kept.append((model.w.item(), str(raised.value).split(" (epoch")[0]))
