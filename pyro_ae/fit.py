@@ -93,7 +93,7 @@ def fit(
             once; ``"inductor"`` compiled by torch, which takes half a minute; False never. What cannot be captured
             runs as it is, with a warning that says why.
         precision: ``"bf16"`` computes the layers of networks in bfloat16, and all else, such as log-weights, in
-            single precision still.
+            single precision still. It is for GPUs; a CPU without instructions for it takes several times as long.
 
     Raises:
         ValueError: for a mistake in the model, the guide or the data; it names the site and the cure.
