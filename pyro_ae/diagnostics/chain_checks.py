@@ -22,8 +22,6 @@ ENTRIES = 500
 """Numbers of a model, at most, whose R-hat and ESS are worked out."""
 MOVING = 10
 """Times as many are looked at for being fixed by their support, which are not judged."""
-ENOUGH = 4000
-"""Effective draws that are enough, of however many chains."""
 WORST = 3
 """Numbers that are drawn, those that mix worst."""
 
@@ -143,19 +141,17 @@ def _mixing(found: Findings, sites: dict[str, Tensor], entries: int) -> list[str
                 f"R-hat is {rhat[worst]:.4g} for {worst}, above 1.01, so the {chains} chains have not come to agree: "
                 "use a longer warmup and more draws; if it stays, reparameterise, or look for several modes.",
             )
-    needed = min(100 * chains, ENOUGH)
-    asked = "100 a chain" if needed < ENOUGH else f"{ENOUGH}"
     for kind, values in (("bulk", bulk), ("tail", tail)):
         worst = min(values, key=lambda n: values[n])
         size = values[worst]
         found.figures[f"ess_{kind}"] = size
         text = f"The {kind} effective sample size is {size:.0f} for {worst}"
-        if size >= needed:
-            found.add(GOOD, f"{text}, at least {asked}: enough draws.")
+        if size >= 100 * chains:
+            found.add(GOOD, f"{text}, at least 100 a chain: enough draws.")
         else:
             found.add(
-                USABLE if size >= needed / 4 else POOR,
-                f"{text}, fewer than {asked}: take {min(100, math.ceil(needed / max(size, 1.0)))} times as "
+                USABLE if size >= 25 * chains else POOR,
+                f"{text}, fewer than 100 a chain: take {min(100, math.ceil(100 * chains / max(size, 1.0)))} times as "
                 "many draws, or reparameterise.",
             )
     found.figures["mcse_mean_in_sd"] = max(error.values())
