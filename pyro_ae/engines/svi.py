@@ -124,9 +124,9 @@ class svi:
         return make(groups, lr=lr)
 
 
-def _scalar(loss: Tensor | Sides) -> float:
+def _shown(loss: Tensor | Sides) -> Tensor:
     """What the history shows of a loss."""
-    return (loss if isinstance(loss, Tensor) else loss.model).item()
+    return (loss if isinstance(loss, Tensor) else loss.model).detach()
 
 
 class _Fit:
@@ -289,7 +289,7 @@ class _Fit:
             self._adopt()
         gradients = self._gradients(loss)
         norm = get_total_norm([g for g in gradients if g is not None])
-        shown = (loss if isinstance(loss, Tensor) else loss.model).detach() / program.rows
+        shown = _shown(loss) / program.rows
         return [torch.stack([shown, norm.to(shown)]), *gradients]
 
     def _gradients(self, loss: Tensor | Sides) -> list[Tensor | None]:
@@ -389,7 +389,7 @@ class _Fit:
             for batch in held.batches(size, shuffle=False, device=device):
                 rows = next(t for t in (*batch.args, *batch.kwargs.values()) if isinstance(t, Tensor) and t.dim())
                 loss = self.loss(program.model, program.guide, *batch.args, **batch.kwargs)
-                values.append(_scalar(loss) / program.rows)
+                values.append(_shown(loss).item() / program.rows)
                 weights.append(float(rows.shape[0]))
         return Score(torch.tensor(values), torch.tensor(weights), True)
 
