@@ -177,8 +177,8 @@ class energy_distance:
 
     .. math:: 2 E \|a - b\|^p - E \|a - a'\|^p - E \|b - b'\|^p
 
-    The squared maximum mean discrepancy for the kernel -|a - b|^p, which has no width to be chosen. No root is
-    taken. Its gradient is finite everywhere: points that coincide do not move one another.
+    The squared maximum mean discrepancy for the kernel :math:`-\|a - b\|^p`, which has no width to be chosen. No root
+    is taken. Its gradient is finite everywhere: points that coincide do not move one another.
 
     References:
         Energy statistics: A class of statistics based on distances (Szekely and Rizzo, 2013)

@@ -116,7 +116,7 @@ class Scaled:
         fn: a model or guide.
         plate: name of the plate of the rows, or None for a function that is never scaled.
         total: rows in the whole data set, or None where there are no rows.
-        layout: what :func:`pyro_ae.sites.inspect_sites` found.
+        layout: what ``pyro_ae.sites.inspect_sites`` found.
     """
 
     def __init__(self, fn: Callable[..., Any], plate: str | None, total: int | None, layout: Any = None) -> None:

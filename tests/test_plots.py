@@ -45,6 +45,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "kl": lambda: plots.kl(torch.rand(40), ["active"] * 38 + ["mixed", "passive"]),
     "history": lambda: plots.history(HISTORY),
     "history without rows or validation": lambda: plots.history({"step": [1, 2], "loss": [2, 1]}, unit="nats"),
+    "history without steps": lambda: plots.history({"loss": [2, 1], "validation": [3, 2]}),
     "history of one evaluation": lambda: plots.history({name: values[:1] for name, values in HISTORY.items()}),
     "pareto_k": lambda: plots.pareto_k(torch.tensor([0.1, 0.69, 0.71, -0.3])),
     "pareto_k, far off": lambda: plots.pareto_k([40.0, -torch.inf, torch.nan, torch.inf]),

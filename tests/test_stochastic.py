@@ -24,7 +24,7 @@ from pyro_ae import (
     sgnht,
     swag,
 )
-from pyro_ae.data import Call, as_rows
+from pyro_ae.data import Call, as_rows, observe
 from pyro_ae.energy import Energy
 from pyro_ae.engines.stacked import StackedEnergy
 from pyro_ae.engines.stream import Stream
@@ -149,6 +149,27 @@ def test_laplace_is_exact_where_the_posterior_is_gaussian(structure):
     assert (w.std(0) / sd - 1).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("structure", ["full", "diagonal", "kronecker"])
+def test_laplace_leaves_out_missing_values(structure):
+    """Derivatives by vmap cannot look for NaN, so the engine tells `observe` whether there is any."""
+    x, y = regression_rows(1000)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with batch_plate(x):
+            observe("y", dist.Normal((x * w).sum(-1), NOISE), y)
+
+    def draws(rows):
+        engine = laplace(structure=structure, draws=2000, at=map_(steps=300, lr=0.05))
+        return quick(engine, model, rows).sample()["w"]
+
+    missing = torch.where(torch.arange(1000) < 500, y, torch.nan)
+    half, found, all_of_them = draws((x[:500], y[:500])), draws((x, missing)), draws((x, y))
+    torch.testing.assert_close(found.mean(0), half.mean(0), rtol=0, atol=0.1 * float(half.std(0).min()))
+    torch.testing.assert_close(found.std(0), half.std(0), rtol=0.1, atol=0)
+    assert (all_of_them.std(0) < 0.85 * half.std(0)).all()
+
+
 def test_kronecker_curvature_is_exact_for_one_layer_of_independent_outputs():
     """With unit noise F = I (x) sum of x x', a Kronecker product by itself."""
     x = torch.randn(1500, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.4]])
@@ -191,6 +212,12 @@ def test_swag_has_the_moments_of_its_snapshots():
     for c in range(2):
         torch.testing.assert_close(found[c].mean(0), kept[c].mean(0), rtol=0, atol=0.06)
         torch.testing.assert_close(found[c].T.cov(), expected[c], rtol=0.1, atol=0.05)
+
+
+def test_the_density_of_a_draw_is_its_own():
+    """SWAG keeps that of its snapshots, and draws others, even where there are as many."""
+    assert "lp" not in quick(swag(warmup=5, snapshots=6, rank=3, thinning=2, draws=6)).stats
+    assert "lp" in quick(sgld(lr=1e-3, warmup=5, draws=6)).stats
 
 
 def test_an_ensemble_ends_at_the_maxima_and_map_is_one_of_it():
@@ -284,7 +311,7 @@ def test_missing_values_are_left_out():
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         with batch_plate(x):
-            observe("y", dist.Normal(x @ w, NOISE), y)
+            observe("y", dist.Normal((x * w).sum(-1), NOISE), y)
 
     w = quick(sghmc(lr=2e-4, chains=40, warmup=500, draws=50), model, (x, y)).sample()["w"]
     keep = ~y.isnan()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +14,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.func import grad, jacrev
 
-from ..data import Call, LoadedRows, Rows, call_with
+from ..data import Call, LoadedRows, Rows, call_with, missing_values
 from ..draws import row_chunks
 from ..energy import Energy
 from ..plates import replicated
@@ -82,7 +83,8 @@ class laplace:
         found = self.at(model, None, run) if isinstance(self.at, map_) else self.at
         program = Program(model, None, plate=run.plate, total=run.data.size, device=run.device)
         program.build(run.data.first(run.batch_size, run.device), minibatched=run.minibatched)
-        with program.active(), validation(False):
+        missing = missing_values(run.data.has_missing) if isinstance(run.data, Rows) else nullcontext()
+        with program.active(), validation(False), missing:  # no derivative can look for NaN
             draws = self._draws(program, found, run)
         return Posterior(
             program,

@@ -94,7 +94,7 @@ class Stepping:
         raise NotImplementedError
 
     def energies(self, state: State, energy: StackedEnergy, batch: Call, parameters: Any) -> tuple[Tensor, ...]:
-        """The energies ``[chains]``, their gradient for :meth:`step`, and that in the parameters."""
+        """The energies ``[chains]``, their gradient for ``step``, and that in the parameters."""
         return energy(state["position"], batch, parameters)
 
     def kept(self, state: State) -> Tensor:

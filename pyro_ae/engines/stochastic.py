@@ -258,10 +258,12 @@ class Stacked:
 
     def _posterior(self, interrupted: bool) -> Posterior:
         with self.program.active(), torch.no_grad():
-            flat = self.config.finish(self.store.values[:, : self.drawn])
+            kept = self.store.values[:, : self.drawn]
+            flat = self.config.finish(kept)
             draws = self.energy.constrain(self.stacked.unpack(flat))
         densities = self.densities[:, : self.drawn]
-        stats = {"lp": densities} if densities.shape == flat.shape[:2] else {}
+        as_kept = flat.shape == kept.shape and flat.equal(kept)  # else the densities are of other points than the draws
+        stats = {"lp": densities} if as_kept else {}
         return Posterior(
             self.program,
             data=self.circumstances.data,

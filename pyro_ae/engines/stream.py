@@ -31,7 +31,7 @@ def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser has gathered, for :func:`set_optimizer_state`."""
+    """What an optimiser has gathered, for ``set_optimizer_state``."""
     gathered = optimizer.state_dict()["state"]
     return {f"{i}.{n}": torch.as_tensor(v) for i, part in gathered.items() for n, v in part.items() if v is not None}
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -93,6 +94,8 @@ class svi:
                 raise ValueError(f"{name} must be positive, got {value!r}")
         if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known are {', '.join(SCHEDULES)}, or a function")
+        if isinstance(self.loss, ELBO) and not hasattr(self.loss, "differentiable_loss"):
+            raise ValueError(f"{type(self.loss).__name__} has no differentiable_loss: use importance(renyi(alpha), K)")
 
     def __repr__(self) -> str:
         given = {n: getattr(self, n) for n in ("lr", "epochs", "steps", "clip", "early_stopping")}

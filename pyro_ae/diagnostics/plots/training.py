@@ -37,8 +37,8 @@ def history(values: Mapping[str, Sequence[float]], *, unit: str = "nats per row"
         raise ValueError(f"no loss in this history; it has {', '.join(map(repr, values)) or 'nothing'}")
     epochs = values.get("epoch", [])
     by_epoch = len(set(epochs)) == len(values["loss"])
-    x = epochs if by_epoch else values["step"]
-    name = "epoch" if by_epoch else "optimiser step"
+    x = epochs if by_epoch else values.get("step", range(1, len(values["loss"]) + 1))
+    name = "epoch" if by_epoch else "optimiser step" if "step" in values else "evaluation"
     terms = [n for n in values if n.startswith("log ")]
     axes = grid(2 if terms else 1, 1, 5.6 if terms else 3.0)[:, 0]
     top = dress(axes[0], title="Loss (lower is better)", x="" if terms else name, y=f"loss ({unit})")
