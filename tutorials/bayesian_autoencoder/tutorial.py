@@ -8,12 +8,9 @@
 # distributed as real ones are. This page does that, step by step.
 #
 # It runs in about a minute on digits of 8 x 8 pixels, which scikit-learn brings along: too small for much to be won.
-# The same on MNIST and on faces, with what was measured, is in `tutorials/bayesian_autoencoder/README.md`.
+# The same on MNIST and on faces, with what was measured, is on [a page of its own](README.md).
 
 # %%
-import os
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import torch
 from pyro.infer import Predictive
@@ -27,14 +24,6 @@ from pyro_ae.latent_densities import flow, gaussian, mixture, nearest
 from pyro_ae.models.bayesian_autoencoder import BayesianAutoencoder
 from pyro_ae.nn import MLP
 from pyro_ae.priors import learnable, normal
-
-out = Path(os.environ.get("PYRO_AE_OUT", "."))  # where pictures go
-
-
-def keep(figure, name):
-    figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-
 
 # %% [markdown]
 # ## Zeros to tune the prior on, other digits to learn
@@ -101,7 +90,9 @@ for prior in (model, narrow):
     )["distance"]
     print(f"distance {history[0]:.3g} before, {sum(history[-10:]) / 10:.3g} after")
 bands |= {"after": from_prior(model, some), "narrow, after": from_prior(narrow, some)}
-keep(plots.images(*bands.values(), names=list(bands), columns=20).figure, "prior")
+
+# %% mystnb={"image": {"alt": "Rows of small images: zeros, and what each prior draws, four draws of the weights with five images each. N(0, 1) draws noise; the priors around an autoencoder draw zeros, blurred before matching and sharper after"}}
+axes = plots.images(*bands.values(), names=list(bands), columns=20)
 
 # %% [markdown]
 # ## The posterior, by SGHMC
@@ -112,7 +103,9 @@ keep(plots.images(*bands.values(), names=list(bands), columns=20).figure, "prior
 sampler = sghmc(lr=3e-5, chains=1, warmup=1500, thinning=40, draws=20)
 posterior = fit(model, train, method=sampler, batch_size=50, seed=0, progress=False, check=False)
 print(posterior)
-keep(plots.uncertainty(posterior, test, n=10)[0].figure, "uncertainty")
+
+# %% mystnb={"image": {"alt": "Ten test digits, their mean reconstructions under the tuned prior, and maps of the standard deviation between draws of the weights"}}
+axes = plots.uncertainty(posterior, test, n=10)
 
 # %% [markdown]
 # The last row is the standard deviation of the mean image between draws of the weights: what more images would take
@@ -161,7 +154,9 @@ densities = {
     "flow": flow(steps=200),
 }
 made = [posterior.generate(20, density=density, mean=True) for density in densities.values()]
-keep(plots.images(test[:20], *made, names=["test", *densities], columns=20).figure, "densities")
+
+# %% mystnb={"image": {"alt": "Test digits above new digits decoded from a normal, a mixture, a Dirichlet process mixture, neighbours and a flow of the codes"}}
+axes = plots.images(test[:20], *made, names=["test", *densities], columns=20)
 
 # %% [markdown]
 # ## What it has not seen
@@ -180,7 +175,7 @@ for name in ("nll", "error", "spread"):
 # A prior counts most where there are few. Bars are standard errors over draws of the images; the comparison with a
 # dozen other autoencoders, at the sizes of the paper, is `pyro-ae reproduce bayesian_autoencoder --scale faces`.
 
-# %%
+# %% mystnb={"image": {"alt": "Nats per test image against 20 and 100 training images, with bars of the standard error, for the tuned prior and N(0, 1)"}}
 sizes, seeds = (20, 100), 2
 short = sghmc(lr=3e-5, chains=1, warmup=800, thinning=40, draws=10)
 figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
@@ -196,5 +191,11 @@ for (prior, chosen), marker in zip({"tuned": model, "N(0, 1)": standard}.items()
 axes.set(xlabel="training images", ylabel="nats per test image", xscale="log")
 axes.minorticks_off()
 axes.set_xticks(sizes, [str(size) for size in sizes])
-axes.legend(title="prior")
-keep(figure, "size")
+legend = axes.legend(title="prior")
+
+# %% [markdown]
+# ## Where to go next
+#
+# - [The same at full size, on MNIST and on faces](README.md), with what was measured and what fell short.
+# - [A Bayesian network four ways](../bayesian_network.py): the same samplers on a classifier.
+# - [Diagnosing a bad posterior](../diagnosing.py), step by step.
