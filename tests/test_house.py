@@ -323,7 +323,7 @@ def blocks(text: str, language: str) -> list[tuple[int, str]]:
     return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
 
 
-@pytest.mark.parametrize("path", tracked("README.md", "docs/*.md"), ids=str)
+@pytest.mark.parametrize("path", tracked("README.md", "docs/*.md", "docs/how_to/*.md"), ids=str)
 @pytest.mark.usefixtures("elsewhere")
 def test_readme_python_blocks_run(path: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}

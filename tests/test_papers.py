@@ -1,8 +1,10 @@
 """Every paper's file: what it documents, and that its claims hold at small scale; and what some are made of."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from pandas import DataFrame
+from pandas import DataFrame, read_csv
 from truth import ladder
 
 from pyro_ae import fit, svi
@@ -12,6 +14,7 @@ from pyro_ae.nn import MLP
 from pyro_ae.reproduce import load, names, paragraphs, reproduce
 
 PAPERS = names()
+MEASURED = Path(__file__).parents[1] / "docs" / "measured"
 
 
 def test_there_are_papers() -> None:
@@ -35,6 +38,14 @@ def holds(name: str, seed: int) -> None:
     assert not report.failed, f"does not hold: {report.failed}\n{report}"
     columns = {column for row in paper.PAPER for column in row} - {"source"}
     assert columns <= set(report.table), "the paper's numbers are in columns of the table"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_gallery_shows_a_table_of_this_paper(name: str) -> None:
+    """``python docs/measure.py papers NAME`` writes it."""
+    paper, table = load(name), read_csv(MEASURED / f"{name}.csv")
+    failed = [claim for claim, check in paper.CLAIMS.items() if not check(table) and claim not in paper.NOT_AT_SMALL]
+    assert not failed, failed
 
 
 @pytest.mark.parametrize("name", PAPERS)
