@@ -44,8 +44,8 @@ data = {"y": [28.0, 8, -3, 7, -1, 1, 18, 12], "sigma": [15.0, 10, 16, 11, 9, 11,
 # %% [markdown]
 # ## Three methods
 #
-# Only `method` changes. Without a guide `svi` makes one itself: a normal for each latent, independent of the others, in
-# the space where latents are unconstrained. `check=False` leaves out the look that `fit` takes at its result, as we
+# Only `method` changes. Without a guide `svi` makes one itself: a normal for each latent, independent of the others,
+# in the space where latents are unconstrained. `check=False` leaves out the look that `fit` takes at its result, as we
 # shall look closer.
 
 # %%
@@ -72,7 +72,7 @@ names = ["mu", "tau", "theta"]
 az.summary(idata["nuts"], var_names=names, round_to=2)[["mean", "sd", "mcse_mean", "ess_bulk", "r_hat"]]
 
 
-# %% mystnb={"image": {"alt": "Medians and intervals of mu, tau and four schools' effects under svi, nuts and sghmc: alike for the effects, and shorter for tau under svi."}}
+# %% mystnb={"image": {"alt": "Medians and intervals of mu, tau and four schools' effects under svi, nuts and sghmc: nearly alike for the effects, and shorter for tau under svi."}}
 def stacked(group):
     return {name: torch.tensor(group[name].values).flatten(0, 1) for name in ["mu", "tau", "theta"]}
 
@@ -81,9 +81,9 @@ draws = {name: stacked(found["posterior"]) for name, found in idata.items()}
 axes = plots.intervals(draws, ["mu", "tau", "theta[0]", "theta[1]", "theta[2]", "theta[6]"])
 
 # %% [markdown]
-# `nuts` and `sghmc` agree. Under `svi` the interval of `tau`, the spread, is shorter at both ends, and with it those of
-# the schools that are far from the others. To tell a difference from noise, put it beside the Monte Carlo standard errors (MCSE) of both means. To tell
-# whether it matters, put it beside the posterior's standard deviation.
+# `nuts` and `sghmc` agree. Under `svi` the interval of `tau`, the spread, is shorter at both ends, and with it those
+# of the schools that are far from the others. To tell a difference from noise, put it beside the Monte Carlo standard
+# errors (MCSE) of both means. To tell whether it matters, put it beside the posterior's standard deviation.
 
 
 # %%
@@ -100,8 +100,8 @@ pd.concat({name: against_nuts(name) for name in ("svi", "sghmc")}, axis=1).round
 
 # %% [markdown]
 # The mean of `tau` under `svi` is off by many standard errors, which is about a fifth of a standard deviation, and its
-# standard deviation is too small by about a quarter. Its means of the effects are off by less than that, and the larger
-# ones of these differences are no chance either: with a smaller spread, schools are drawn to one another. The
+# standard deviation is too small by about a quarter. Its means of the effects are off by less than that, and the
+# larger ones of these differences are no chance either: with a smaller spread, schools are drawn to one another. The
 # differences of `sghmc` are what the noise of two samplers gives.
 #
 # ## What the reports say
@@ -115,11 +115,11 @@ for name in methods:
     print("\n".join(f"  - {reason}" for reason in report.reasons))
 
 # %% [markdown]
-# Most of the seconds of `nuts` go into compiling, once for a model and its settings. A second fit with the same settings
-# is spared that, with other data too, as we shall see.
+# Most of the seconds of `nuts` go into compiling, once for a model and its settings. A second fit with the same
+# settings is spared that, as we shall see.
 #
-# The report of `svi` has no chains to compare it with. It goes by the importance weights p(data, z) / q(z): a k-hat over
-# 0.5 says that the guide misses some of the tails, and one below 0.7 that weights can still bring them back.
+# The report of `svi` has no chains to compare it with. It goes by the importance weights p(data, z) / q(z): a k-hat
+# over 0.5 says that the guide misses some of the tails, and one below 0.7 that weights can still bring them back.
 # `diagnostics.compare` has the chains, and says what is missing.
 
 # %%
@@ -128,8 +128,8 @@ print(diagnostics.compare(fits["svi"], fits["nuts"], names=("svi", "nuts")))
 # %% [markdown]
 # ## Why: a normal is too narrow for log tau
 #
-# The guide gives `log tau` a normal distribution, and takes it to be independent of the rest. The posterior of
-# `log tau` has a long left tail, for the data do not rule out that all effects are the same. It is the wider one, and a
+# The guide gives `log tau` a normal distribution, and takes it to be independent of the rest. The posterior of `log
+# tau` has a long left tail, for the data do not rule out that all effects are the same. It is the wider one, and a
 # normal that is fitted by the ELBO keeps to where most of the mass is.
 
 # %% mystnb={"image": {"alt": "Densities of log tau. Those of nuts and sghmc have a long left tail down to -4 that the normal of svi does not follow."}}
@@ -156,10 +156,10 @@ print(f"posterior mean of tau: svi {tau.mean():.2f}, weighted {np.average(tau, w
 # %% [markdown]
 # ## What sghmc is for
 #
-# With eight rows every step of `sghmc` sees all of them, and there is nothing to gain from it. It is for minibatches of
-# data that `nuts` cannot look through at every step. It has no accept step, so its draws are biased by an amount that
-# grows with the learning rate, however many there are. At lr=0.03 it is lost in the noise; a rate that is ten times
-# larger shows it.
+# With eight rows every step of `sghmc` sees all of them, and there is nothing to gain from it. It is for minibatches
+# of data that `nuts` cannot look through at every step. It has no accept step, so its draws are biased by an amount
+# that grows with the learning rate, however many there are. At lr=0.03 it is lost in the noise; a rate that is ten
+# times larger shows it.
 
 # %%
 coarse = fit(
@@ -198,8 +198,8 @@ for name, posterior in {"from the prior": fits["nuts"], "from svi": warm}.items(
     )
 
 # %% [markdown]
-# With ten latents a cold start finds its way as well, and the two do about the same. A warm start is for models where a
-# warm-up from the prior is long.
+# With ten latents a cold start finds its way as well, and the two do about the same. A warm start is for models where
+# a warm-up from the prior is long.
 #
 # ## The same model, centred
 #
@@ -225,9 +225,9 @@ for name, posterior in both.items():
     print("\n".join(f"  - {reason}" for reason in report.reasons))
 
 # %% [markdown]
-# In these coordinates the posterior is a funnel: where `tau` is small all effects are forced together. A step that fits
-# the wide part is too long for the neck, and chains diverge there. A normal that is independent in each latent cannot
-# be a funnel at all, and settles in the part where it fits.
+# In these coordinates the posterior is a funnel: where `tau` is small all effects are forced together. A step that
+# fits the wide part is too long for the neck, and chains diverge there. A normal that is independent in each latent
+# cannot be a funnel at all, and settles in the part where it fits.
 
 # %% mystnb={"image": {"alt": "Two panels of log tau against the effect of the first school. Grey points of the non-centred chains form a funnel that is narrow at small log tau. Centred chains and their divergences do not go down the neck; draws of centred mean-field inference are a small round cloud in the wide part."}}
 figure, panels = plt.subplots(1, 2, figsize=(6, 3.5), sharex=True, sharey=True, layout="constrained")

@@ -138,7 +138,7 @@ sides = {
 }
 axes = plots.intervals(sides, ["mu", "tau", "eta[0]", "eta[1]", "eta[2]"])
 axes.figure.set_size_inches(5, 5.5)
-axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+legend = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 # %% [markdown]
 # The two guides agree up to the noise of the last steps, and both fall short of NUTS in `tau`, which no mean-field normal can

@@ -121,7 +121,7 @@ print(*difference.sentences, sep="\n")
 sides = {"NUTS, Pyro": mcmc.get_samples(), "NUTS, fit": chains.sample(), "SVI, Pyro": by_pyro, "SVI, fit": by_fit}
 axes = plots.intervals(sides, ["b", "sigma", "w[0]", "w[1]", "w[2]", "w[3]"])
 axes.figure.set_size_inches(5, 6)
-axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+legend = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 # %% [markdown]
 # Each method gives the same answer in both libraries, and this posterior is one that a mean-field normal can hold. Whether it can
@@ -344,7 +344,7 @@ axes.axvline(truth.item(), color="#222222", linestyle="--", label="log p, exactl
 axes.set_yticks(range(3), ["Pyro's ELBO", "Pyro's RenyiELBO(0)", "importance(iwae)"])
 axes.set(xlabel="nats, of all rows", ylim=(2.5, -0.5))
 axes.spines[["top", "right"]].set_visible(False)
-axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+legend = axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 # %% [markdown]
 # On all rows both are right. On minibatches `RenyiELBO` is nearly 200 nats above what it is meant to bound from below, so to

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Write your own model: counts with missing values
 #
-# A table of counts with gaps in it: how often each species was seen at each site, say. You will write a model for it as
-# a Pyro module, fit it to a data frame as it is, and check it three ways: are the parameters of simulated data found
-# again, are missing counts filled in better than by means, and do data that the model makes look like those observed?
-# The same model then meets real counts, where a check fails and says what to change.
+# A table of counts with gaps in it: how often each species was seen at each site, say. You will write a model for it
+# as a Pyro module, fit it to a data frame as it is, and check it three ways: are the parameters of simulated data
+# found again, are missing counts filled in better than by means, and do data that the model makes look like those
+# observed? The same model then meets real counts, where a check fails and says what to change.
 #
 # Runs in about half a minute on a laptop.
 
@@ -76,9 +76,9 @@ frame.iloc[:5, :6]
 # %% [markdown]
 # ## The guide
 #
-# The encoder has to know what is missing: a gap is filled with a zero before the network sees it, and a zero is a count
-# too. `MLP(..., missing=True)` takes the mask beside the values. `inputs` takes the logarithm first, so that one large
-# count does not drown the others.
+# The encoder has to know what is missing: a gap is filled with a zero before the network sees it, and a zero is a
+# count too. `MLP(..., missing=True)` takes the mask beside the values. `inputs` takes the logarithm first, so that one
+# large count does not drown the others.
 
 
 # %%
@@ -206,8 +206,9 @@ poisson = fit_digits(Factors(mean.log(), latent=8))
 print(diagnostics.predictive_check(poisson, draws=100))
 
 # %% [markdown]
-# The check fails at once. A block has 16 pixels, and a Poisson count has no such limit: the largest that the model makes
-# is far above. The likelihood has to change, which is one method of the class, with the logit in place of the log.
+# The check fails at once. A block has 16 pixels, and a Poisson count has no such limit: the largest that the model
+# makes is far above. The likelihood has to change, which is one method of the class, with the logit in place of the
+# log.
 
 
 # %%
@@ -242,8 +243,8 @@ print(diagnostics.predictive_check(beta, draws=100))
 # %% [markdown]
 # Nearer, and still not right: with some 60,000 counts the check sees what is small. Here are the three likelihoods on
 # the gaps, beside the baselines, of which one is strong: the mean of the five images that are nearest. The last two
-# columns, which the baselines do not have, are the share of the removed counts in their 90% interval, and log p of what
-# is left of 100 test images, in nats an image, from below.
+# columns, which the baselines do not have, are the share of the removed counts in their 90% interval, and log p of
+# what is left of 100 test images, in nats an image, from below.
 
 # %%
 torch.manual_seed(0)
@@ -272,8 +273,8 @@ print(report.verdict)
 print("\n".join(f"  - {reason}" for reason in report.reasons))
 
 # %% [markdown]
-# As in the [quickstart](quickstart.py) the encoder is what is wrong, and `SemiAmortized` is what to try there. The bounds
-# in the table are too low by a part of these gaps, which is little beside what the likelihoods differ by.
+# As in the [quickstart](quickstart.py) the encoder is what is wrong, and `SemiAmortized` is what to try there. The
+# bounds in the table are too low by a part of these gaps, which is little beside what the likelihoods differ by.
 #
 # ## What to conclude
 #

@@ -1,11 +1,13 @@
 # %% [markdown]
 # # A variational autoencoder, and whether to trust it
 #
-# Fit a variational autoencoder to images of digits, look at what it rebuilds and makes, and measure it on images that it
-# has not seen. Then ask the question that pictures cannot answer: are the codes that its encoder gives anywhere near
-# the posterior? Here they are not, the report says whose fault that is, and you will mend it without training again.
+# Fit a variational autoencoder to images of digits, look at what it rebuilds and makes, and measure it on images that
+# it has not seen. Then ask the question that pictures cannot answer: are the codes that its encoder gives anywhere
+# near the posterior? Here they are not, the report says whose fault that is, and you will mend it without training
+# again.
 #
-# Runs in about half a minute on a laptop. `pyro-ae quickstart` runs a longer fit of the same kind from the command line.
+# Runs in about half a minute on a laptop. `pyro-ae quickstart` runs a longer fit of the same kind from the command
+# line.
 
 # %%
 import tempfile
@@ -26,8 +28,8 @@ from pyro_ae.nn import MLP
 # %% [markdown]
 # ## Data
 #
-# Digits of 8 x 8 pixels, each a whole number from 0 to 16. They are embedded; `pyro-ae datasets` lists larger sets, and
-# `datasets.load` loads them in the same form.
+# Digits of 8 x 8 pixels, each a whole number from 0 to 16. They are embedded; `pyro-ae datasets` lists larger sets,
+# and `datasets.load` loads them in the same form.
 
 # %%
 digits = datasets.load("digits")
@@ -58,8 +60,8 @@ def build():
 #
 # The importance-weighted bound (*Importance Weighted Autoencoders*, Burda, Grosse and Salakhutdinov, 2016,
 # https://arxiv.org/abs/1509.00519) averages the weights of several draws of the code, and lies between the ELBO and
-# log p(x). The state that was best on the held-out images is kept. `fit` would warn of what follows: `check=False` keeps
-# that for later.
+# log p(x). The state that was best on the held-out images is kept. `fit` would warn of what follows: `check=False`
+# keeps that for later.
 
 # %%
 torch.manual_seed(0)
@@ -106,7 +108,8 @@ axes = plots.latent_space(posterior.encode(test), label, title="Codes of the tes
 # ## How likely are new images?
 #
 # `log_evidence` is a lower bound on log p(x) of each image, here from 1000 draws of the guide. A number in nats means
-# little by itself, so here is the simplest rival: each pixel by itself, with the frequencies of its levels in training.
+# little by itself, so here is the simplest rival: each pixel by itself, with the frequencies of its levels in
+# training.
 
 # %%
 evidence = posterior.log_evidence(test, particles=1000)
@@ -136,10 +139,10 @@ print(report)
 axes = plots.pareto_k_by_row(report.rows["k_hat"], report.rows["row"])
 
 # %% [markdown]
-# The posterior is poor, and the reason that speaks of the gap to log p(x) says why. Two things can be wrong with an amortised guide: the family of
-# distributions may not contain the posterior, or the encoder may pick the wrong member of it. To tell them apart the
-# report refines the encoder's answer for some rows by gradient ascent on their ELBO. Nearly all of the gap goes away.
-# The family is fine, and a richer head would not have helped.
+# The posterior is poor, and the reason that speaks of the gap to log p(x) says why. Two things can be wrong with an
+# amortised guide: the family of distributions may not contain the posterior, or the encoder may pick the wrong member
+# of it. To tell them apart the report refines the encoder's answer for some rows by gradient ascent on their ELBO.
+# Nearly all of the gap goes away. The family is fine, and a richer head would not have helped.
 #
 # ## Mend it
 #
