@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import RenyiELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from truth import gaussian_mean, ppca
@@ -327,6 +328,8 @@ def test_other_arguments():
         example_fit(x, validation=1.5)
     with pytest.raises(ValueError, match="the model must be a function"):
         fit("model", x)
+    with pytest.raises(ValueError, match=r"RenyiELBO has no differentiable_loss: use importance\(renyi"):
+        svi(loss=RenyiELBO(num_particles=2))
     with pytest.raises(ValueError, match="epochs or steps, not both"):
         svi(epochs=1, steps=1)
     with pytest.raises(ValueError, match="lr must be positive"):

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -241,8 +241,6 @@ def test_pyros_losses_are_losses():
     for loss in (Trace_ELBO(num_particles=2), Trace_ELBO().differentiable_loss):
         posterior = fit(model, x, guide=guide, method=quick(loss=loss), batch_size=8, progress=False)
         assert posterior.history["loss"][-1] > 0
-    with pytest.raises(ValueError, match=r"RenyiELBO has no differentiable_loss: use importance\(renyi"):
-        svi(loss=RenyiELBO(num_particles=2))
 
 
 def test_pyros_enumeration_trains_discrete_latents():

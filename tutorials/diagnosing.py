@@ -165,7 +165,7 @@ model.requires_grad_(False)
 
 
 def refined(posterior):
-    return posterior.with_guide(SemiAmortized(model, posterior.guide, steps=20, lr=0.07, particles=8))
+    return posterior.with_guide(SemiAmortized(model, posterior.guide, steps=30, lr=0.05, particles=8))
 
 
 second_refined = refined(second)
@@ -222,7 +222,7 @@ print(after)
 # %%
 with torch.no_grad():
     worst = pareto_k(log_weights(model, second.guide, some, particles=300)[0]).topk(2).indices.sort().values
-chains = reference(second, some, rows=worst, draws=300, warmup=100, chains=2, progress=False)
+chains = reference(second, some, rows=worst, draws=250, warmup=150, chains=4, progress=False)
 print("The chains are", chains.report().verdict)
 for name, posterior in {"mean-field": second, "full rank, refined": third_refined}.items():
     print(compare(posterior, chains, draws=500, classify=False, names=(name, "NUTS")), "\n")
