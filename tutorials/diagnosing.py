@@ -124,10 +124,10 @@ print(summary)
 axes = plots.kl(summary.kl.mean(0), summary.kinds.names)
 
 # %% [markdown]
-# Two of eight dimensions say something, and the others next to nothing: their posterior is the prior, or nearly so, for
-# every row. The training gave them up early, when the decoder could not use them yet and their KL only cost. Where the
-# decoder ignores a dimension the prior is its exact posterior, so **k-hat cannot see a collapse**: it is a fault of what
-# was learnt, not of the guide. Had all eight collapsed, k-hat would be perfect.
+# Two of eight dimensions say something, and the others next to nothing: their posterior is the prior, or nearly so,
+# for every row. The training gave them up early, when the decoder could not use them yet and their KL only cost.
+# Where the decoder ignores a dimension the prior is its exact posterior, so **k-hat cannot see a collapse**: it is a
+# fault of what was learnt, not of the guide. Had all eight collapsed, k-hat would be perfect.
 #
 # The usual cure is to let the weight of the KL grow from 0 to 1 in the first half of the training (*Ladder Variational
 # Autoencoders*, Sonderby et al., 2016, https://arxiv.org/abs/1602.02282). `free_bits` is another.
@@ -142,8 +142,9 @@ measure("first", first)
 measure("KL annealed", second)
 
 # %% [markdown]
-# The model is better by several nats a row, and all dimensions are in use. The posterior is no better, and the warning is
-# still there: the gap and k-hat are about what they were. There is more now that a guide can be wrong about.
+# The model is better by several nats a row, and all dimensions are in use. The posterior is no better, and the
+# warning is still there: the gap and k-hat are about what they were. There is more now that a guide can be wrong
+# about.
 #
 # ## Finding 2: the encoder is far from its family's best
 #
@@ -155,10 +156,10 @@ measure("KL annealed", second)
 print(amortisation_gap(second, some, rows=20, steps=150, draws=1000))
 
 # %% [markdown]
-# Most of it is the encoder's, so a richer family alone would help little. What helps is a larger encoder, more rows, or
-# longer training with a falling learning rate; or, with no training at all, `SemiAmortized`, which refines the encoder's
-# answer for each row when it is asked, by some steps of gradient ascent. The decoder is held still from here on, so that
-# log p(x) is the same for all that follows, and only guides differ.
+# Most of it is the encoder's, so a richer family alone would help little. What helps is a larger encoder, more rows,
+# or longer training with a falling learning rate; or, with no training at all, `SemiAmortized`, which refines the
+# encoder's answer for each row when it is asked, by some steps of gradient ascent. The decoder is held still from
+# here on, so that log p(x) is the same for all that follows, and only guides differ.
 
 # %%
 model.requires_grad_(False)
@@ -173,12 +174,12 @@ measure("mean-field", second)
 measure("mean-field, refined", second_refined)
 
 # %% [markdown]
-# Refining has closed about three quarters of the gap. That is what `amortisation_gap` had announced, and here it is of use.
+# Refining has closed more than two thirds of the gap, about what `amortisation_gap` had announced.
 #
 # ## Finding 3: what is left is the family's
 #
-# A mean-field guide has no correlations between the latents of a row, and `FullRank` has. Only the guide is trained now,
-# with a learning rate that falls.
+# A mean-field guide has no correlations between the latents of a row, and `FullRank` has. Only the guide is trained
+# now, with a learning rate that falls.
 
 # %%
 torch.manual_seed(0)
@@ -192,8 +193,8 @@ measure("full rank, refined", third_refined)
 
 # %% [markdown]
 # The approximation gap is about a third of what it was, and by itself that is worth little, since the amortisation gap
-# is still there: the warning may well come back. With both cured, the gap is a sixth of that of the mean-field guide,
-# and k-hat is above 0.7 in fewer than one row in ten.
+# is still there: the warning may well come back. With both cured, the gap is about a sixth of that of the mean-field
+# guide, and k-hat is above 0.7 in few rows.
 #
 # ## Is it calibrated?
 #
@@ -210,9 +211,9 @@ print(before)
 print(after)
 
 # %% [markdown]
-# The mean-field guide fails for every latent: curves on one side of zero are of draws that are too low or too high, and
-# ranks in the shape of a U are of draws that are too narrow. Of the refined guide no fault is found with these 200 rows.
-# The rows are of the model's own making, though; real ones may be harder.
+# The mean-field guide fails for every latent: curves on one side of zero are of draws that are too low or too high,
+# and ranks in the shape of a U are of draws that are too narrow. Of the refined guide no fault is found with these
+# 200 rows. The rows are of the model's own making, though; real ones may be harder.
 #
 # ## Against long chains
 #
@@ -222,14 +223,14 @@ print(after)
 # %%
 with torch.no_grad():
     worst = pareto_k(log_weights(model, second.guide, some, particles=300)[0]).topk(2).indices.sort().values
-chains = reference(second, some, rows=worst, draws=250, warmup=150, chains=4, progress=False)
+chains = reference(second, some, rows=worst, draws=400, warmup=200, chains=4, progress=False)
 print("The chains are", chains.report().verdict)
 for name, posterior in {"mean-field": second, "full rank, refined": third_refined}.items():
     print(compare(posterior, chains, draws=500, classify=False, names=(name, "NUTS")), "\n")
 
 # %% [markdown]
-# The mean-field guide is too narrow in many numbers and off by a standard deviation in some. The refined one is within a
-# fraction of a standard deviation of NUTS everywhere, as the picture of one of the rows shows.
+# The mean-field guide is too narrow in many numbers and off by a standard deviation in some. The refined one is
+# within a fraction of a standard deviation of NUTS everywhere, as the picture of one of the rows shows.
 
 # %% mystnb={"image": {"alt": "Intervals of the eight latents of one image under the mean-field guide, the refined full-rank guide and NUTS. The refined guide lies over NUTS; the mean-field guide is shifted in several dimensions."}}
 row = some[worst[:1]]
@@ -259,10 +260,10 @@ for name, posterior, particles in (
     print(f"{name:<31} {posterior.log_evidence(some[found.index], particles).mean():.2f}")
 
 # %% [markdown]
-# The three that take more than one draw agree within a few tenths of a nat, so the estimates that the gaps rest on were
-# sound. Each is a lower bound on average, and the largest is the best. With one draw the mean-field guide is far below:
-# the mean of that is its ELBO. Had annealing come out well above the rest, the guides would have missed a part of the
-# posterior that no weight can show.
+# The three that take more than one draw agree within a few tenths of a nat, so the estimates that the gaps rest on
+# were sound to that extent. Each is a lower bound on average, and the largest is the best. With one draw the
+# mean-field guide is far below: the mean of that is its ELBO. Had annealing come out above the rest by nats, the
+# guides would have missed a part of the posterior, which weights cannot show.
 
 # %% [markdown]
 # ## The same for chains
@@ -272,9 +273,9 @@ for name, posterior, particles in (
 # Neal's funnel: the log-variance v of nine numbers is itself unknown, as in any hierarchy with few data for each group.
 # Nothing is observed, so that the truth is known: v has mean 0 and standard deviation 3.
 #
-# `centred` is a dial between two ways to write the same model. At 1 the sampler moves in the numbers themselves, at 0 in
-# the numbers over their scale. As a tensor in the data it leaves the program as it is, so that the second fit does not
-# have to be compiled again.
+# `centred` is a dial between two ways to write the same model. At 1 the sampler moves in the numbers themselves, at 0
+# in the numbers over their scale. As a tensor in the data it leaves the program as it is, so that the second fit does
+# not have to be compiled again.
 
 
 # %%
@@ -295,10 +296,10 @@ print(centred.report())
 axes = plots.pair(centred, ["own[0]", "v"])
 
 # %% [markdown]
-# The neck of the funnel is missing. Its curvature is too high for a step that suits the rest: trajectories diverge there
-# or turn back, and the chains creep along v, which is what the low effective sample size and E-BFMI say. There are few
-# divergences, and R-hat alone could be taken for chains that are merely short. More draws would be slow to mend this;
-# other coordinates mend it at once.
+# The neck of the funnel is missing. Its curvature is too high for a step that suits the rest: trajectories diverge
+# there or turn back, and the chains creep along v, which is what the low effective sample size and E-BFMI say. There
+# are few divergences, and R-hat alone could be taken for chains that are merely short. More draws would be slow to
+# mend this; other coordinates mend it at once.
 
 # %%
 other = fit_and_listen(funnel, {"centred": torch.tensor(0.0)}, method=sampler)
