@@ -180,9 +180,9 @@ for name, posterior in posteriors.items():
     print(f"{name:<24} {s['accuracy']:9.3f} {s['NLL']:6.3f} {s['ECE']:6.3f} {s['epistemic']:10.3f} {told:>6}")
 
 # %% [markdown]
-# Away from the training rows the single point is as sure of itself as before, and wrong; so are the ensemble, both
-# methods of the last layer, whose features are one point still, and most of all the variational one, which was best
-# on ordinary rows. SGHMC stays below a coin, and its draws disagree where they should: by their disagreement alone
+# Away from the training rows the single point is far too sure of itself; so are the ensemble, both
+# methods of the last layer, whose features are one point still, and most of all the variational one, which was the best
+# calibrated on ordinary rows. SGHMC stays below a coin, and its draws disagree where they should: by their disagreement alone
 # nearly every noisy row can be told from a clean one. Laplace over all weights is as cautious, and is so on
 # ordinary rows too, where it should not be.
 #
@@ -240,11 +240,12 @@ bar = figure.colorbar(filled, ax=axes, location="bottom", shrink=0.9, label="epi
 #
 # ## Which to take
 #
-# - `map_` or `ensemble` where test rows are like those of training: here they were as good as any, and cost least.
+# - `map_` where test rows are like those of training: of such rows, little more was to be had here.
 # - A last layer, variational or by Laplace, where a network is large and its doubt on ordinary rows is wanted cheaply. It is
 #   not to be asked about rows that are far from all it has seen.
-# - `sghmc` where that is what will be asked: it was the only one that was good on ordinary rows and careful on others. It
-#   goes on to minibatches with `batch_size=`, and has a step size that is to be checked.
+# - `sghmc` where that is what will be asked: it was the only one that kept below a coin on noisy rows and near the point on
+#   ordinary ones, where it is a little too careful. It goes on to minibatches with `batch_size=`, and has a step size that is
+#   to be checked.
 # - Laplace over all weights with care: of a network with few rows its normal is too wide.
 #
 # These are 60 rows and one network. `datasets.load("uci/yacht")` and the other regression sets of UCI (`pyro-ae datasets`
