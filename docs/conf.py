@@ -52,6 +52,7 @@ myst_heading_anchors = 4
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_inherit_docstrings = False  # of torch, such as what forward() is
 autodoc_preserve_defaults = True
 autodoc_mock_imports = ["anndata", "mlflow", "tensorboard", "wandb"]
 napoleon_numpy_docstring = False

@@ -97,11 +97,11 @@ def guides(steps: int = 1500) -> None:
         panel(figure.subplots(), x[row], draws[kind], f"{gap:.2f} nats short")
         figure.savefig(PICTURES / f"{SHOWN[kind]}.png", dpi=90)
     pd.DataFrame(table).to_csv(MEASURED / "guides.csv", index=False)
-    figure = Figure(figsize=(9, 3.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6, 7), layout="constrained", facecolor="white")  # two by two, to be read on a phone
     chosen = ["mean-field", "full-rank", "NSF", "mean-field, 20 resampled"]
     titles = ["mean-field", "full-rank", "spline flow", "mean-field, resampled"]
     by_kind = {line["as"]: line for line in table}
-    for axes, kind, title in zip(figure.subplots(1, 4, sharey=True), chosen, titles, strict=True):
+    for axes, kind, title in zip(figure.subplots(2, 2).flat, chosen, titles, strict=True):
         line = by_kind[kind]
         text = f"{title}\n{line['gap']:.1f} nats short\nk-hat poor: {line['k-hat over 0.7']:.0%} of rows"
         panel(axes, x[row], draws[kind], text)

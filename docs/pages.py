@@ -190,9 +190,11 @@ particles. The table at the end says what the bound lacks of log p(x) there, in 
 rows k-hat is over 0.7. More are in :doc:`the benchmarks </tests/benchmarks/README>`."""
 
 ALT = {
-    "models": "Thirty digits that {} generated",
+    "models": "Digits that {} generated",
     "guides": "Draws of {} over the two crescents of the true posterior",
 }
+
+ELSEWHERE = {"BayesianAutoencoder": "/tutorials/bayesian_autoencoder/mnist_densities.png"}
 
 CARD = """   .. grid-item-card:: {title}
       :link: {link}
@@ -238,8 +240,9 @@ def parts(docs: Path, package: str) -> list[str]:
             if inspect.isclass(thing):
                 source = cite(thing).splitlines()
                 text = first_paragraph(thing) + ("\n\n      *" + name_of(source[0]) + "*" if source else "")
-                shown = (docs / "_static" / f"{member}.png").exists()
-                picture, alt = (f"/docs/_static/{member}.png", ALT[package].format(member)) if shown else ("", "")
+                picture = ELSEWHERE.get(member, f"/docs/_static/{member}.png")
+                shown = docs.parent.joinpath(picture[1:]).exists()
+                picture, alt = (picture, ALT[package].format(member)) if shown else ("", "")
                 cards.append(card(member, f"/docs/api/{name}", text, picture, alt))
     return cards
 
@@ -270,7 +273,8 @@ def paper(docs: Path, name: str) -> str:
     text += title("What was measured", "-") + rows(table) + title("Claims", "-")
     for claim, check in module.CLAIMS.items():
         excuse = module.NOT_AT_SMALL.get(claim, "")
-        text += f"- {'holds' if check(table) else '**fails**'}: {claim}." + (f" {excuse}." if excuse else "") + "\n"
+        why = f" {excuse[:1].upper()}{excuse[1:]}." if excuse else ""
+        text += f"- {'holds' if check(table) else '**fails**'}: {claim}.{why}\n"
     if module.PAPER:
         text += "\n" + title("What the paper printed", "-") + rows(pd.DataFrame(module.PAPER))
     return text + "\n" + title("How it was measured", "-") + "\n\n".join(without_table(protocol)) + "\n"
@@ -294,4 +298,4 @@ def number(value: object) -> str:
         return ""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:#.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -120,13 +120,12 @@ for name in ("mu", "tau", "eta"):
 print(f"largest of {len(far)}: {max(far):.1f}, where about 2 is to be expected")
 
 # %% [markdown]
-# The same posterior, within the error of either. The first run of `fit` also captures the Pyro model, and each of its runs looks
-# at the model by Pyro's handlers before it samples, which is most of what a second run takes.
+# The same posterior, within the error of either. `fit` runs and captures the Pyro model each time, which NumPyro need not.
 #
 # ## SVI with a mean-field guide
 #
-# NumPyro compiles the whole loop. `svi` is torch: it records a step once and replays it, which has less to compile and more to
-# do at each step. For small models NumPyro's loop is the quicker of the two, once it is compiled.
+# NumPyro's loop can be compiled as a whole, draws of the guide included. `svi` is torch: it records a step once and replays it,
+# with Python between the steps. For a model as small as this NumPyro is by far the quicker of the two, once it is compiled.
 
 # %%
 steps = 2000

@@ -139,7 +139,8 @@ print({name: draws.shape for name, draws in z.items()}, "and", int(divergent.sum
 # ## Draws into ArviZ
 #
 # The draws are unconstrained: `z["tau"]` is the log of tau. `density.constrain`, mapped over chains and draws, makes
-# them values of the model's sites, and ArviZ takes the dict as it is, as the dims chain and draw come first.
+# them values of the model's sites, and ArviZ takes the dict as it is, as the dims chain and draw come first. (`az.from_dict`
+# makes it one group of several.)
 
 
 # %%
@@ -327,7 +328,7 @@ axes = plots.intervals(flat, ["scale", "w[0]", "w[2]", "w[3]", "w[6]"])
 #
 # ## What cannot be translated
 #
-# The model is run once, and its computations are captured as a graph of torch's operations. Nearly 200 of them have a
+# The model is run once, and its computations are captured as a graph of torch's operations. More than 200 of them have a
 # translation, with linear algebra, special functions and enumerated discrete latents among them. What has none is an error
 # that names the operation, before anything is sampled, and the site where the operation is part of a site's log-density.
 
